@@ -1,0 +1,187 @@
+"""Zero blocks and differing blocks of memory, and the safe way to touch mapped memory before a scan.
+
+Every kernel is a free nogil function over plain memory (the C API is snapcore/scan.pxd); the functions
+below check their arguments, make one call without the GIL and return numpy arrays. They read any
+contiguous buffer: bytes, numpy arrays, mmap objects. A mapped file must be populated first (`populate`),
+for a bad sector under a mapping is a signal and not an error.
+"""
+
+from libc.errno cimport EINVAL, ENOSYS, errno
+from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.string cimport memcmp, memcpy
+
+import os
+
+import numpy as np
+
+cdef extern from *:
+    """
+    #include <stddef.h>
+    #if defined(__linux__)
+    #include <sys/mman.h>
+    #ifndef MADV_POPULATE_READ
+    #define MADV_POPULATE_READ 22
+    #endif
+    static int snapcore_populate(void *start, size_t size) { return madvise(start, size, MADV_POPULATE_READ); }
+    #else
+    #include <errno.h>
+    static int snapcore_populate(void *start, size_t size)
+    { (void)start; (void)size; errno = ENOSYS; return -1; }
+    #endif
+    """
+    int snapcore_populate(void *start, size_t size_bytes) noexcept nogil
+
+
+cdef bint is_zero(const uint8_t *data, size_t size_bytes) noexcept nogil:
+    cdef uint64_t words[16]
+    cdef uint64_t any_bit
+    cdef size_t at = 0
+    cdef size_t i
+    # 128 bytes a step keep the compiler's vector loop busy; most blocks of data leave at the first one.
+    while size_bytes - at >= sizeof(words):
+        memcpy(words, data + at, sizeof(words))
+        any_bit = 0
+        for i in range(16):
+            any_bit |= words[i]
+        if any_bit != 0:
+            return False
+        at += sizeof(words)
+    while at < size_bytes:
+        if data[at] != 0:
+            return False
+        at += 1
+    return True
+
+
+cdef int64_t mask_zero(
+    const uint8_t *data, size_t size_bytes, size_t block_bytes, uint8_t *mask
+) noexcept nogil:
+    cdef int64_t count = 0
+    cdef size_t at = 0
+    cdef size_t length
+    cdef size_t index = 0
+    while at < size_bytes:
+        length = min(block_bytes, size_bytes - at)
+        mask[index] = is_zero(data + at, length)
+        count += mask[index]
+        at += length
+        index += 1
+    return count
+
+
+cdef int64_t mask_differing(
+    const uint8_t *a, const uint8_t *b, size_t size_bytes, size_t block_bytes, uint8_t *mask
+) noexcept nogil:
+    cdef int64_t count = 0
+    cdef size_t at = 0
+    cdef size_t length
+    cdef size_t index = 0
+    while at < size_bytes:
+        length = min(block_bytes, size_bytes - at)
+        mask[index] = memcmp(a + at, b + at, length) != 0
+        count += mask[index]
+        at += length
+        index += 1
+    return count
+
+
+cdef int64_t runs_of(
+    const uint8_t *mask, int64_t blocks, uint8_t wanted,
+    int64_t block_bytes, int64_t size_bytes, int64_t first_offset, int64_t *rows
+) noexcept nogil:
+    cdef int64_t count = 0
+    cdef int64_t block = 0
+    cdef int64_t start
+    while block < blocks:
+        if mask[block] != wanted:
+            block += 1
+            continue
+        start = block
+        while block < blocks and mask[block] == wanted:
+            block += 1
+        rows[2 * count] = first_offset + start * block_bytes
+        rows[2 * count + 1] = min(block * block_bytes, size_bytes) - start * block_bytes
+        count += 1
+    return count
+
+
+cdef object _checked_block(int64_t block_bytes):
+    if block_bytes < 512 or block_bytes & (block_bytes - 1):
+        raise ValueError(f"block_bytes must be a power of two from 512 on, not {block_bytes}")
+
+
+cdef int64_t _blocks(const uint8_t[::1] data, int64_t block_bytes):
+    return (data.shape[0] + block_bytes - 1) // block_bytes
+
+
+cdef object _extents(uint8_t[::1] mask, uint8_t wanted, int64_t block_bytes, int64_t size_bytes, int64_t offset):
+    cdef int64_t blocks = mask.shape[0]
+    cdef int64_t count
+    if blocks == 0:
+        return np.empty((0, 2), dtype=np.int64)
+    rows = np.empty(((blocks + 1) // 2, 2), dtype=np.int64)
+    cdef int64_t[:, ::1] view = rows
+    with nogil:
+        count = runs_of(&mask[0], blocks, wanted, block_bytes, size_bytes, offset, &view[0, 0])
+    return rows[:count].copy()
+
+
+def zero_mask(const uint8_t[::1] data not None, int64_t block_bytes):
+    _checked_block(block_bytes)
+    out = np.empty(_blocks(data, block_bytes), dtype=np.uint8)
+    cdef uint8_t[::1] mask = out
+    if data.shape[0]:
+        with nogil:
+            mask_zero(&data[0], data.shape[0], block_bytes, &mask[0])
+    return out
+
+
+def differing_mask(const uint8_t[::1] a not None, const uint8_t[::1] b not None, int64_t block_bytes):
+    _checked_block(block_bytes)
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"the buffers differ in length: {a.shape[0]} and {b.shape[0]} bytes")
+    out = np.empty(_blocks(a, block_bytes), dtype=np.uint8)
+    cdef uint8_t[::1] mask = out
+    if a.shape[0]:
+        with nogil:
+            mask_differing(&a[0], &b[0], a.shape[0], block_bytes, &mask[0])
+    return out
+
+
+def zero_extents(const uint8_t[::1] data not None, int64_t block_bytes, int64_t offset=0):
+    return _extents(zero_mask(data, block_bytes), 1, block_bytes, data.shape[0], offset)
+
+
+def nonzero_extents(const uint8_t[::1] data not None, int64_t block_bytes, int64_t offset=0):
+    return _extents(zero_mask(data, block_bytes), 0, block_bytes, data.shape[0], offset)
+
+
+def differing_extents(
+    const uint8_t[::1] a not None, const uint8_t[::1] b not None, int64_t block_bytes, int64_t offset=0
+):
+    return _extents(differing_mask(a, b, block_bytes), 1, block_bytes, a.shape[0], offset)
+
+
+def populate(const uint8_t[::1] mapped not None, int64_t offset, int64_t size_bytes):
+    cdef int result
+    cdef int code = 0
+    cdef uintptr_t start
+    cdef uintptr_t page = 4096
+    if offset < 0 or size_bytes < 0 or offset > mapped.shape[0] or size_bytes > mapped.shape[0] - offset:
+        raise ValueError(
+            f"bytes {offset} to {offset + size_bytes} are not within a mapping of {mapped.shape[0]} bytes"
+        )
+    if size_bytes == 0:
+        return True
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = <uintptr_t>&mapped[offset]
+    cdef uintptr_t first = start & ~(page - 1)
+    with nogil:
+        result = snapcore_populate(<void *>first, start + <uintptr_t>size_bytes - first)
+        if result != 0:
+            code = errno
+    if result == 0:
+        return True
+    if code == EINVAL or code == ENOSYS:
+        return False
+    raise OSError(code, os.strerror(code))
