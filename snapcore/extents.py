@@ -86,10 +86,26 @@ def clipped(rows: Extents, start: int, stop: int) -> Extents:
 
 def gaps(rows: Extents, size_bytes: int) -> Extents:
     """What of the bytes from 0 to size_bytes lies in none of the sorted, merged `rows`."""
+    rows = clipped(rows, 0, size_bytes)
     starts = np.concatenate(([0], rows[:, 0] + rows[:, 1]))
     ends = np.concatenate((rows[:, 0], [size_bytes]))
     kept = ends > starts
     return np.stack((starts, ends - starts), axis=1).astype(np.int64)[kept]
+
+
+def union(a: Extents, b: Extents) -> Extents:
+    """What lies in either."""
+    return from_pairs(np.concatenate((a, b)))
+
+
+def intersection(a: Extents, b: Extents, size_bytes: int) -> Extents:
+    """What of the bytes from 0 to size_bytes lies in both of two sorted, merged rows."""
+    return gaps(union(gaps(a, size_bytes), gaps(b, size_bytes)), size_bytes)
+
+
+def difference(a: Extents, b: Extents, size_bytes: int) -> Extents:
+    """What of the bytes from 0 to size_bytes lies in `a` and not in `b`."""
+    return intersection(a, gaps(b, size_bytes), size_bytes)
 
 
 def total_bytes(rows: Extents) -> int:

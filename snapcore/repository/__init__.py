@@ -1,0 +1,25 @@
+"""The cold tier: trees, chunks, packs, index, manifests, collection (docs/FORMAT.md)."""
+
+from snapcore.repository.collect import Collected
+from snapcore.repository.create import Created
+from snapcore.repository.manifest import Manifest
+from snapcore.repository.marks import Usage
+from snapcore.repository.reader import SnapshotReader
+from snapcore.repository.repository import Repository
+from snapcore.repository.restore import Restored
+from snapcore.repository.session import Session
+from snapcore.repository.verify import Hit, Problem, Verified
+
+__all__ = [
+    "Collected",
+    "Created",
+    "Hit",
+    "Manifest",
+    "Problem",
+    "Repository",
+    "Restored",
+    "Session",
+    "SnapshotReader",
+    "Usage",
+    "Verified",
+]

@@ -1,0 +1,211 @@
+"""Frees the space of what no snapshot reaches (docs/FORMAT.md, "Write order").
+
+Packs without a reachable record go; of packs that are mostly dead the reachable records are moved, as they are stored,
+into new packs. New packs and a new index are durable before the old index goes, and the old index is gone before any
+pack goes, so every reachable record is findable at every instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from snapcore.errors import DamagedError
+from snapcore.progress import Meter, ProgressCallback
+from snapcore.repository import codec, damage, index, pack, record, session, table
+from snapcore.repository.context import Context
+from snapcore.repository.index import Index
+from snapcore.repository.manifest import Manifest
+from snapcore.repository.marks import Marks
+from snapcore.repository.objects import Objects
+from snapcore.repository.pack import PackBuilder
+from snapcore.repository.record import Record, RecordKind
+from snapcore.repository.table import NO_BASE, Table
+
+# A pack is written anew when less than this share of its bytes is reachable.
+_LIVE_SHARE = 0.5
+# Packs below this size are joined once they fill a whole one: each is a request for who reads, and an object to pay for.
+_SMALL_BYTES = pack.PACK_BYTES // 4
+# More index objects than this are joined even when nothing is removed.
+_INDEX_OBJECTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collection did.
+
+    Attributes
+    ----------
+    freed_bytes : int
+        By which the repository is smaller.
+    removed_packs, rewritten_packs : int
+        Packs that are gone, and how many of those had records moved out of them.
+    live_bytes : int
+        Of all packs that are left.
+    """
+
+    freed_bytes: int
+    removed_packs: int
+    rewritten_packs: int
+    live_bytes: int
+
+
+def collect(
+    context: Context, snapshots: Callable[[], list[Manifest]], progress: ProgressCallback | None = None
+) -> Collected:
+    """Remove what no snapshot reaches; see `Repository.collect`. `snapshots` lists all, once nobody writes."""
+    own = session.register(context.store, session.COLLECT)
+    try:
+        session.refuse_while_busy(context.store, own, session.CREATE, context.store.url)
+        session.refuse_while_busy(context.store, own, session.COLLECT, context.store.url)
+        return _Collection(context, snapshots()).run(progress)
+    finally:
+        session.withdraw(context.store, own)
+
+
+class _Collection:
+    """One collection, with nobody else writing."""
+
+    def __init__(self, context: Context, snapshots: list[Manifest]) -> None:
+        self._store = context.store
+        self._sizes = {
+            bytes.fromhex(name.removeprefix("packs/")): size_bytes for name, size_bytes in self._store.list("packs/")
+        }
+        self._old_index = dict(self._store.list("index/"))
+        known = context.index()
+        adopted = self._adopt(known)
+        self._objects = Objects(self._store, known, context.domain, context.config.chunk_bytes)
+        marks = Marks(self._objects)
+        for snapshot in snapshots:
+            marks.add(snapshot)
+        self._tables = known.tables()
+        self._reached = marks.reached
+        self._adopted = adopted
+        self._freed_bytes = 0
+
+    def _adopt(self, known: Index) -> bool:
+        """Let the index know of packs that no index object names."""
+        found = index.unindexed_packs(self._store, known.packs())
+        for pack_id, size_bytes in found:
+            try:
+                contents = pack.read_directory(self._store, pack_id, size_bytes)
+            except DamagedError:
+                data = self._store.get(pack.name(pack_id), pack.PACK_LIMIT_BYTES)
+                contents = pack.scan_directory(data, pack_id)
+            known.add_table(contents)
+        return bool(found)
+
+    def run(self, progress: ProgressCallback | None) -> Collected:
+        """Steps 4 to 7 of the write order."""
+        live = self._live_bytes()
+        dead = {pack_id for pack_id in self._sizes if live.get(pack_id, 0) == 0}
+        moved_from = self._to_rewrite(live, dead)
+        meter = Meter(progress, "collect", sum(live[pack_id] for pack_id in moved_from))
+        moved = self._rewrite(moved_from, meter)
+        if dead or moved_from or self._adopted or len(self._old_index) > _INDEX_OBJECTS:
+            self._replace_index(moved, dead | moved_from)
+        for pack_id in sorted(dead | moved_from):
+            self._store.delete(pack.name(pack_id))
+            self._freed_bytes += self._sizes[pack_id]
+        self._forget_damage(dead | moved_from)
+        self._freed_bytes += self._store.sweep()
+        left = sum(size_bytes for _, size_bytes in self._store.list("packs/"))
+        return Collected(self._freed_bytes, len(dead | moved_from), len(moved_from), left)
+
+    def _parts(self) -> Iterator[tuple[Table, npt.NDArray[np.bool]]]:
+        """Every table with the marks of its entries."""
+        start = 0
+        for contents in self._tables:
+            yield contents, self._reached[start : start + len(contents.entries)]
+            start += len(contents.entries)
+
+    def _live_bytes(self) -> dict[bytes, int]:
+        """Reachable bytes of each pack that has any."""
+        live: dict[bytes, int] = {}
+        for contents, reached in self._parts():
+            rows = contents.entries[reached]
+            sums = np.bincount(rows["pack"], weights=rows["stored"], minlength=len(contents.packs))
+            for pack_id, stored in zip(contents.packs, sums.tolist(), strict=True):
+                if stored:
+                    live[pack_id] = live.get(pack_id, 0) + int(stored)
+        return live
+
+    def _to_rewrite(self, live: dict[bytes, int], dead: set[bytes]) -> set[bytes]:
+        chosen = {
+            pack_id
+            for pack_id, size_bytes in self._sizes.items()
+            if pack_id not in dead and live[pack_id] < size_bytes * _LIVE_SHARE
+        }
+        small = {
+            pack_id for pack_id, size_bytes in self._sizes.items() if pack_id not in dead and size_bytes < _SMALL_BYTES
+        }
+        if sum(live[pack_id] for pack_id in small) >= pack.PACK_BYTES:
+            chosen |= small
+        return chosen
+
+    def _rewrite(self, chosen: set[bytes], meter: Meter) -> list[Table]:
+        """Move the reachable records of the chosen packs into new ones. Returns what lies in those."""
+        builders: dict[int, PackBuilder] = {}
+        written: list[Table] = []
+
+        def finish(builder: PackBuilder) -> None:
+            buffers, contents = builder.finish()
+            self._freed_bytes -= self._store.put_new(pack.name(builder.id), buffers)
+            written.append(contents)
+
+        for contents, reached in self._parts():
+            places = [number for number, pack_id in enumerate(contents.packs) if pack_id in chosen]
+            rows = contents.entries[reached & np.isin(contents.entries["pack"], places)]
+            for row in rows[np.lexsort((rows["offset"], rows["pack"]))]:
+                item = self._moved(row, contents)
+                builder = builders.setdefault(item.kind, PackBuilder())
+                builder.add(item)
+                meter.advance(item.stored_bytes)
+                if builder.size_bytes >= pack.PACK_BYTES:
+                    finish(builders.pop(item.kind))
+        for builder in builders.values():
+            finish(builder)
+        return written
+
+    def _moved(self, row: np.void, contents: Table) -> Record:
+        """A record as it is stored, its checksums checked."""
+        pack_id = contents.packs[row["pack"]]
+        where = f"{pack.name(pack_id)} at {row['offset']}"
+        raw = self._store.get_range(pack.name(pack_id), int(row["offset"]), int(row["stored"]))
+        head = record.parse_header(raw, where)
+        payload = raw[record.HEADER_BYTES :]
+        record.payload_plain(head, payload, pack.PACK_LIMIT_BYTES, where)
+        base = None if row["base"] == NO_BASE else contents.bases[row["base"]].tobytes()
+        kind = RecordKind(head.kind)
+        return Record(
+            kind,
+            head.form,
+            head.id,
+            raw[: record.HEADER_BYTES],
+            payload,
+            codec.Codec(head.codec),
+            head.plain_bytes,
+            base,
+        )
+
+    def _replace_index(self, moved: list[Table], gone: set[bytes]) -> None:
+        """Steps 5 and 6: the new index is there before the old one goes."""
+        kept = []
+        for contents, _ in self._parts():
+            lost = [number for number, pack_id in enumerate(contents.packs) if pack_id in gone]
+            kept.append(Table(contents.packs, contents.entries[~np.isin(contents.entries["pack"], lost)], contents.bases))
+        for part in table.split(table.merge([*kept, *moved])):
+            _, size_bytes = index.write(self._store, part)
+            self._freed_bytes -= size_bytes
+        for name, size_bytes in self._old_index.items():
+            self._store.delete(name)
+            self._freed_bytes += size_bytes
+
+    def _forget_damage(self, gone: set[bytes]) -> None:
+        marked = damage.load(self._store)
+        left = [bad for bad in marked if bytes.fromhex(bad.pack) not in gone]
+        if len(left) < len(marked):
+            damage.replace(self._store, left)

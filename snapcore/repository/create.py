@@ -1,0 +1,387 @@
+"""Takes a snapshot: reads what may have changed, stores what is new, makes the next tree, commits a manifest.
+
+The steps and what a crash leaves after each: docs/FORMAT.md, "Write order". The work on spans runs on an executor
+(reading.py); one thread takes the results in order, so that packs and trees do not depend on the number of threads.
+Memory: a span and its records for each piece in flight, and the packs of `Storer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import secrets
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import numpy as np
+
+from snapcore import extents, scan
+from snapcore.errors import BusyError, DamagedError, Error, ExistsError, FencedError, SourceChangedError
+from snapcore.extents import Extents
+from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
+from snapcore.progress import Meter, ProgressCallback
+from snapcore.repository import damage, index, manifest, pack, session, tree
+from snapcore.repository.context import Context
+from snapcore.repository.domain import ZERO_ID
+from snapcore.repository.hints import Hints
+from snapcore.repository.index import Index
+from snapcore.repository.manifest import Manifest
+from snapcore.repository.objects import Objects
+from snapcore.repository.reading import Outcome, Reading, Span
+from snapcore.repository.session import Session
+from snapcore.repository.storer import PendingReader, Storer
+from snapcore.repository.tree import EMPTY, FANOUT, Root, TreeWriter
+from snapcore.source import Source
+
+_CHECKED_SHARE = 0.001
+_CHECKED_AT_LEAST = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """What `create` did.
+
+    Attributes
+    ----------
+    snapshot : Manifest
+    read_bytes : int
+        Read from the source.
+    duration_s : float
+    """
+
+    snapshot: Manifest
+    read_bytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is wanted of `create`; `Repository.snapshot` says what each means."""
+
+    disk: str
+    parent: Manifest | None = None
+    changed: Extents | None = None
+    paranoid: bool = False
+    compression: str | None = None
+    label: str | None = None
+    tags: dict[str, str] | None = None
+
+
+def create(
+    context: Context,
+    source: Source,
+    request: Request,
+    progress: ProgressCallback | None = None,
+    executor: Executor | None = None,
+) -> Created:
+    """Take a snapshot of a source; see `Repository.snapshot`."""
+    started = time.monotonic()
+    own, object_name, parent = _register(context, request)
+    job: _Job | None = None
+    try:
+        gone = _look(context, own)
+        job = _Job(context, source, request, parent, adopt=bool(gone))
+        snapshot = job.run(object_name, progress, executor)
+        for dead in gone:
+            session.end(context.store, dead)
+    except BaseException:
+        _leave(context, own, job)
+        raise
+    session.withdraw(context.store, own)
+    job.close()
+    return Created(snapshot, job.read_bytes, time.monotonic() - started)
+
+
+def newest(context: Context, disk: str) -> Manifest | None:
+    """The last snapshot of a disk's chain."""
+    for name in reversed(list(manifest.names(context.store, context.domain, disk))):
+        found = manifest.read(context.store, name, context.domain)
+        if found is not None:
+            return found
+    return None
+
+
+def _register(context: Context, request: Request) -> tuple[Session, str, Manifest | None]:
+    """Register a session that names the manifest to come; then make sure that the parent is still there."""
+    for _ in range(3):
+        last = newest(context, request.disk)
+        parent = request.parent or last
+        sequence = 1 + (last.sequence if last else 0)
+        name = manifest.name(context.domain, request.disk, sequence, secrets.token_hex(16))
+        own = session.register(context.store, session.CREATE, name)
+        if parent is None:
+            return own, name, None
+        parent_name = manifest.name(context.domain, parent.disk, parent.sequence, parent.id)
+        if manifest.read(context.store, parent_name, context.domain) is not None:
+            return own, name, parent
+        session.withdraw(context.store, own)
+    raise BusyError(f"snapshots of {request.disk} are being deleted; try again when that is done")
+
+
+def _look(context: Context, own: Session) -> list[Session]:
+    """Withdraw when a collector is at work. Returns sessions of writers that died: what they stored is used."""
+    session.refuse_while_busy(context.store, own, session.COLLECT, context.store.url)
+    others = session.sessions(context.store)
+    return [other for other in others if other.work == session.CREATE and session.is_gone(other)]
+
+
+def _leave(context: Context, own: Session, job: _Job | None) -> None:
+    """End after an error. What was stored stays findable: by an index object, or by the session that is left."""
+    try:
+        if job is not None:
+            job.abandon()
+    except Exception:  # noqa: BLE001 - the first error is on its way to the caller
+        session.abandon(own)
+        return
+    with contextlib.suppress(Error):
+        session.withdraw(context.store, own)
+
+
+class _Job:
+    """One snapshot in the making."""
+
+    def __init__(
+        self, context: Context, source: Source, request: Request, parent: Manifest | None, *, adopt: bool
+    ) -> None:
+        self._context = context
+        self._source = source
+        self._request = request
+        self._parent = parent
+        self._size_bytes = source.size_bytes
+        self._chunk_bytes = context.config.chunk_bytes
+        self._chunks = -(-self._size_bytes // self._chunk_bytes)
+        self.read_bytes = 0
+        marked = damage.load(context.store)
+        known = Index.load(context.store, damage.places(marked))
+        reader = PendingReader(context.store)
+        self._objects = Objects(reader, known, context.domain, self._chunk_bytes)
+        self._compression = request.compression or context.config.compression
+        self._storer = Storer(context.store, known, self._objects, reader, self._compression)
+        if adopt:
+            self._adopt(known)
+        self._hints = Hints(context.config.id, context.domain.disk_tag(request.disk), self._chunk_bytes)
+        self._suspect = self._damaged_in_parent(known, {bytes.fromhex(bad.id) for bad in marked})
+        self._fallback_reason = self._why_more()
+
+    def _adopt(self, known: Index) -> None:
+        """Take up packs of writers that died before they wrote an index object."""
+        for pack_id, size_bytes in index.unindexed_packs(self._context.store, known.packs()):
+            with contextlib.suppress(DamagedError):
+                contents = pack.read_directory(self._context.store, pack_id, size_bytes)
+                known.add_table(contents)
+                self._storer.add_table(contents)
+
+    def _damaged_in_parent(self, known: Index, marked: set[bytes]) -> Extents:
+        """Where chunks of the parent are damaged, or nodes above them."""
+        missing = {bad for bad in marked if known.find(bad) is None}
+        if self._parent is None or not missing:
+            return extents.empty()
+        ranges: list[tuple[int, int]] = []
+        walk = tree.leaves(
+            self._parent.tree,
+            self._objects.node,
+            damaged=lambda first, count, _: ranges.append((first, count)),
+        )
+        for first, leaf in walk:
+            slots = [slot for slot in tree.used_slots(leaf).tolist() if leaf[slot].tobytes() in missing]
+            ranges += [(first + slot, 1) for slot in slots]
+        rows = extents.from_pairs(ranges) * self._chunk_bytes
+        return extents.clipped(rows, 0, self._size_bytes)
+
+    def _why_more(self) -> str | None:
+        request, parent = self._request, self._parent
+        if parent is None:
+            if request.changed is None:
+                return None
+            return "the disk has no earlier snapshot here, so the list of changes was not used and all of it was read"
+        if request.changed is not None:
+            return None
+        if request.paranoid:
+            return "paranoid: every chunk was compared by its content id"
+        if self._hints.snapshot is None:
+            return "this host has no fingerprints of the disk: every chunk was compared by its content id"
+        if self._hints.snapshot != parent.id:
+            return (
+                f"the fingerprints on this host are of snapshot {self._hints.snapshot} and not of the parent "
+                f"{parent.id}: every chunk was compared by its content id"
+            )
+        return None
+
+    def run(self, object_name: str, progress: ProgressCallback | None, executor: Executor | None) -> Manifest:
+        """All steps up to the commit."""
+        parent, request = self._parent, self._request
+        levels = tree.levels_for(self._chunks)
+        old = parent.tree if parent else EMPTY
+        changed = self._changed_region()
+        trusted = parent is not None and self._hints.snapshot == parent.id and not request.paranoid
+        reading = Reading(
+            self._source,
+            self._objects,
+            old,
+            self._hints,
+            trusted=trusted and request.changed is None,
+            suspect=self._suspect,
+            compression=self._compression,
+        )
+        base = tree.fitted(old, levels, self._objects.node, self._storer.put_node) if parent else Root(ZERO_ID, levels)
+        writer = TreeWriter(base, self._node_or_nothing, self._storer.put_node)
+        if changed is None:
+            self._hints.begin_new()
+        elif trusted:
+            self._hints.begin_edit()
+        data, spans = self._plan(changed)
+        meter = Meter(progress, "read", extents.total_bytes(data))
+        totals = _Totals()
+        with executor_or_own(executor) as hands:
+            if parent is not None and changed is not None:
+                self._check_unchanged_sample(reading, changed)
+            for outcome in in_order(hands, reading, spans):
+                self._apply(outcome, writer, totals)
+                if not outcome.span.hole:
+                    self.read_bytes += outcome.span.length_bytes
+                    meter.advance(outcome.span.length_bytes)
+        root = writer.finish()
+        self._source.check_unchanged()
+        self._storer.finish()
+        written_before = parent.written_bytes if parent else 0
+        snapshot = Manifest(
+            id=manifest.id_in(object_name),
+            disk=request.disk,
+            sequence=int(object_name[-41:-33], 16),
+            parent=parent.id if parent else None,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            size_bytes=self._size_bytes,
+            chunk_bytes=self._chunk_bytes,
+            levels=root.levels,
+            root=root.id.hex(),
+            written_bytes=max(0, written_before + totals.more_chunks * self._chunk_bytes),
+            changed_bytes=totals.changed_chunks * self._chunk_bytes,
+            new_bytes=self._storer.new_bytes,
+            stored_bytes=self._storer.stored_bytes,
+            fallback_reason=self._fallback_reason,
+            label=request.label,
+            tags=request.tags or {},
+            source=self._source.name,
+            software=f"snapcore {version('snapcore')}",
+        )
+        self._commit(object_name, snapshot)
+        self._hints.finish(snapshot.id, self._chunks)
+        return snapshot
+
+    def _node_or_nothing(self, object_id: bytes) -> bytes | bytearray | memoryview:
+        """A node of the parent; an empty one where it is damaged, for then all below it is written anew."""
+        try:
+            return self._objects.node(object_id)
+        except DamagedError:
+            if len(self._suspect) == 0:
+                raise
+            return bytes(tree.NODE_BYTES)
+
+    def _changed_region(self) -> Extents | None:
+        """What may differ from the parent, on chunk borders; None for anything."""
+        changed, parent = self._request.changed, self._parent
+        if changed is None or parent is None:
+            return None
+        if parent.size_bytes != self._size_bytes:
+            # The chunk at the shorter one's end holds other bytes or ends elsewhere; what lies behind it is new.
+            start = min(parent.size_bytes, self._size_bytes) // self._chunk_bytes * self._chunk_bytes
+            changed = extents.union(changed, extents.from_pairs([(start, self._size_bytes - start)]))
+        changed = extents.union(changed, self._suspect)
+        return extents.aligned(changed, self._chunk_bytes, self._size_bytes)
+
+    def _plan(self, changed: Extents | None) -> tuple[Extents, Iterator[Span]]:
+        """What to read, and the pieces of work in ascending order: spans of data and the holes between them."""
+        size_bytes = self._size_bytes
+        region = extents.from_pairs([(0, size_bytes)]) if changed is None else changed
+        data = extents.aligned(self._source.data_extents(), self._chunk_bytes, size_bytes)
+        data = extents.intersection(data, region, size_bytes)
+        holes = extents.difference(region, data, size_bytes)
+
+        def spans() -> Iterator[Span]:
+            rows = [(offset, length, False) for offset, length in data.tolist()]
+            rows += [(offset, length, True) for offset, length in holes.tolist()]
+            for offset, length, hole in sorted(rows):
+                if hole:
+                    yield Span(offset, length, True)
+                    continue
+                for start, count in extents.spans(extents.from_pairs([(offset, length)]), SPAN_BYTES):
+                    yield Span(start, count, False)
+            if self._parent is not None:
+                end, old_end = self._chunks, FANOUT**self._parent.levels
+                if old_end > end:
+                    yield Span(end * self._chunk_bytes, (old_end - end) * self._chunk_bytes, True)
+
+        return data, spans()
+
+    def _apply(self, outcome: Outcome, writer: TreeWriter, totals: _Totals) -> None:
+        first = outcome.span.offset_bytes // self._chunk_bytes
+        for item in outcome.records:
+            self._storer.put(item)
+        if outcome.span.hole:
+            stop = -(-(outcome.span.offset_bytes + outcome.span.length_bytes) // self._chunk_bytes)
+            writer.clear(first, min(stop, FANOUT**writer.levels))
+            self._hints.clear(first, stop)
+        elif outcome.ids is not None:
+            writer.replace(first, outcome.ids)
+        if outcome.fingerprints is not None:
+            self._hints.write(first, outcome.fingerprints)
+        totals.changed_chunks += outcome.changed_chunks
+        totals.more_chunks += outcome.more_chunks
+
+    def _check_unchanged_sample(self, reading: Reading, changed: Extents) -> None:
+        """Read a random share of what is said to be unchanged and compare; a lie is an error."""
+        rest = extents.gaps(changed, self._size_bytes)
+        inside = extents.intersection(rest, self._source.data_extents(), self._size_bytes)
+        for part in (inside, rest):
+            for chunk in self._some_chunks(extents.aligned(part, self._chunk_bytes, self._size_bytes)):
+                offset = chunk * self._chunk_bytes
+                length = min(self._chunk_bytes, self._size_bytes - offset)
+                plain = reading.chunks(offset, length)
+                zero = scan.zero_mask(plain, self._chunk_bytes)[0]
+                found = ZERO_ID if zero else self._context.domain.chunk_id(plain)
+                if found != reading.parent_ids(chunk, 1)[0].tobytes():
+                    raise SourceChangedError(
+                        f"the list of changes does not name the {length} bytes at offset {offset} of "
+                        f"{self._source.name}, and they differ from the parent snapshot; take the snapshot without a list"
+                    )
+
+    def _some_chunks(self, rows: Extents) -> list[int]:
+        counts = -(-rows[:, 1] // self._chunk_bytes)
+        total = int(counts.sum())
+        wanted = min(total, max(_CHECKED_AT_LEAST, int(total * _CHECKED_SHARE)))
+        picks = np.array(sorted(random.SystemRandom().sample(range(total), wanted)), dtype=np.int64)
+        ends = np.cumsum(counts)
+        row = np.searchsorted(ends, picks, side="right")
+        chunks = rows[row, 0] // self._chunk_bytes + picks - (ends[row] - counts[row])
+        found: list[int] = chunks.tolist()
+        return found
+
+    def _commit(self, object_name: str, snapshot: Manifest) -> None:
+        try:
+            manifest.write(self._context.store, object_name, snapshot)
+        except ExistsError as error:
+            raise FencedError(
+                f"the session of snapshot {snapshot.id} was ended by somebody else before it was done; nothing of it is "
+                "visible, take the snapshot again: what it stored is used"
+            ) from error
+
+    def abandon(self) -> None:
+        """After an error: keep what was stored findable, let go of everything."""
+        self._hints.close()
+        self._storer.abandon()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._hints.close()
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Sums over all spans, in chunks."""
+
+    changed_chunks: int = 0
+    more_chunks: int = 0

@@ -1,0 +1,149 @@
+"""Fingerprints of the chunks of a disk's last snapshot, kept on this host to skip what has not changed.
+
+A hint costs time when it is lost or wrong and never data: it is used only when the file belongs to this
+repository, disk and parent snapshot, and a chunk is skipped only when the XXH64 of its bytes, under a
+secret seed, equals the one recorded. Zero stands for "zero chunk or unknown" and never matches.
+
+File, in the cache folder (`$XDG_CACHE_HOME/snapcore/hints/REPOSITORY-TAG`), little-endian: magic
+`SNAPHINT`, version (4), chunk size (4), repository id (16), snapshot id (16), seed (8), 8 zero bytes;
+then one 8-byte fingerprint a chunk, with holes where nothing is. A new file replaces the old by rename. When only
+changes are known it is edited in place, unbound from its snapshot first, durably, so that a crash leaves a
+file that belongs to none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import struct
+import tempfile
+
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+
+_MAGIC = b"SNAPHINT"
+_VERSION = 1
+_HEADER = struct.Struct("<8sII16s16sQQ")
+_UNBOUND = bytes(16)
+_CLEARED_AT_ONCE = 1 << 17
+
+Fingerprints = npt.NDArray[np.uint64]
+
+
+class Hints:
+    """The fingerprints of one disk of one repository.
+
+    Attributes
+    ----------
+    snapshot : str or None
+        Id of the snapshot that the file speaks of; None where there is no file that can be used.
+    seed : int
+        Of the fingerprints: that of the file, or a new one.
+    """
+
+    def __init__(self, repository_id: str, disk_tag: str, chunk_bytes: int) -> None:
+        folder = platformdirs.user_cache_path("snapcore") / "hints"
+        self._path = str(folder / f"{repository_id}-{disk_tag}")
+        self._repository = bytes.fromhex(repository_id)
+        self._chunk_bytes = chunk_bytes
+        self._old = -1
+        self._new = -1
+        self._new_path: str | None = None
+        self.snapshot: str | None = None
+        self.seed = secrets.randbits(64)
+        with contextlib.suppress(OSError):
+            self._old = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            self._load()
+
+    def _load(self) -> None:
+        data = os.pread(self._old, _HEADER.size, 0)
+        if len(data) < _HEADER.size:
+            return
+        magic, version, chunk_bytes, repository, snapshot, seed, _ = _HEADER.unpack(data)
+        if (magic, version, chunk_bytes, repository) != (
+            _MAGIC,
+            _VERSION,
+            self._chunk_bytes,
+            self._repository,
+        ):
+            return
+        if snapshot != _UNBOUND:
+            self.snapshot = snapshot.hex()
+            self.seed = seed
+
+    def read(self, first: int, count: int) -> Fingerprints:
+        """Fingerprints of the chunks from `first` on; zero where none is known."""
+        found = np.zeros(count, dtype=np.uint64)
+        try:
+            data = os.pread(self._old, count * 8, _HEADER.size + first * 8)
+        except OSError:
+            return found
+        whole = len(data) // 8
+        found[:whole] = np.frombuffer(data, dtype="<u8", count=whole)
+        return found
+
+    def begin_new(self) -> None:
+        """Write all fingerprints anew."""
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+            self._new, self._new_path = tempfile.mkstemp(dir=os.path.dirname(self._path))
+
+    def begin_edit(self) -> None:
+        """Change single fingerprints; until `finish` the file belongs to no snapshot."""
+        try:
+            os.pwrite(self._old, self._header(_UNBOUND), 0)
+            os.fsync(self._old)
+            self._new = os.dup(self._old)
+        except OSError:
+            self._new = -1
+
+    def write(self, first: int, fingerprints: Fingerprints) -> None:
+        """Fingerprints of the chunks from `first` on; a cache that cannot be written is given up."""
+        if self._new < 0:
+            return
+        try:
+            os.pwrite(self._new, fingerprints.astype("<u8", copy=False).tobytes(), _HEADER.size + first * 8)
+        except OSError:
+            self._give_up()
+
+    def clear(self, first: int, stop: int) -> None:
+        """The chunks from `first` up to `stop` are zero now."""
+        if self._new < 0 or self._new_path is not None:
+            return
+        end = min(stop, (os.fstat(self._new).st_size - _HEADER.size) // 8)
+        for start in range(first, end, _CLEARED_AT_ONCE):
+            self.write(start, np.zeros(min(_CLEARED_AT_ONCE, end - start), dtype=np.uint64))
+
+    def finish(self, snapshot: str, chunks: int) -> None:
+        """Bind what was written to a snapshot of so many chunks that is committed."""
+        if self._new < 0:
+            return
+        try:
+            os.ftruncate(self._new, _HEADER.size + chunks * 8)
+            os.pwrite(self._new, self._header(bytes.fromhex(snapshot)), 0)
+            if self._new_path is not None:
+                os.replace(self._new_path, self._path)
+                self._new_path = None
+        except OSError:
+            self._give_up()
+
+    def close(self) -> None:
+        """Let go of the files; what was begun and not finished is gone."""
+        self._give_up()
+        if self._old >= 0:
+            os.close(self._old)
+            self._old = -1
+
+    def _header(self, snapshot: bytes) -> bytes:
+        return _HEADER.pack(_MAGIC, _VERSION, self._chunk_bytes, self._repository, snapshot, self.seed, 0)
+
+    def _give_up(self) -> None:
+        if self._new >= 0:
+            os.close(self._new)
+            self._new = -1
+        if self._new_path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._new_path)
+            self._new_path = None

@@ -1,0 +1,326 @@
+"""Where every record lies: a look-up by id over all index objects, in bounded memory.
+
+Small index objects are kept whole, up to `RESIDENT_ENTRIES` entries (64 bytes each); of larger ones only the fences stay
+in memory and a look-up reads the 64 entries behind one. What the own session has stored since its last index
+object is in a dict. Records that a verify marked as damaged are left out, so they count as missing and are stored
+again. Reading is safe from many threads; `add` belongs to one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from snapcore.errors import DamagedError
+from snapcore.repository import envelope, table
+from snapcore.repository.domain import ID_BYTES
+from snapcore.repository.envelope import Kind
+from snapcore.repository.table import ENTRY, FENCE_ENTRIES, NO_BASE, PACK_ID_BYTES, Entries, Ids, Table
+from snapcore.store.interface import Store
+
+RESIDENT_ENTRIES = 1 << 19
+_PAGES_KEPT = 2048
+_HEAD_BYTES = 4096
+_VALUES = ["rest", "pack", "offset", "stored", "plain", "kind", "form", "base"]
+
+BadPlaces = frozenset[tuple[bytes, int]]
+
+
+class Place(NamedTuple):
+    """Where a record lies.
+
+    Attributes
+    ----------
+    slot : int
+        Number of the entry among all index objects; -1 for what the own session has just stored.
+    pack, base : bytes
+        Pack id (16), id of the base (32) or None.
+    offset, stored, plain : int
+        Bytes: offset in the pack, whole length of the record, length of the payload after decoding.
+    kind, form : int
+        RecordKind, Form.
+    """
+
+    slot: int
+    pack: bytes
+    offset: int
+    stored: int
+    plain: int
+    kind: int
+    form: int
+    base: bytes | None
+
+
+class _Resident:
+    """A table kept in memory."""
+
+    def __init__(self, contents: Table, first_slot: int) -> None:
+        self._table = contents
+        self._keys = np.ascontiguousarray(contents.entries["key"])
+        self.first_slot = first_slot
+        self.entries = len(contents.entries)
+
+    def find(self, wanted: bytes, bad: BadPlaces) -> Place | None:
+        key = int.from_bytes(wanted[:8], "little")
+        row = int(np.searchsorted(self._keys, np.uint64(key)))
+        found = self._table
+        return _match(found.entries, row, wanted, key, found.packs, found.bases, self.first_slot, bad)
+
+    def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: BadPlaces) -> None:
+        """Fill in where `places` is still None; one search for all keys."""
+        if self.entries == 0:
+            return
+        rows = np.minimum(np.searchsorted(self._keys, keys), self.entries - 1)
+        hits = np.flatnonzero(self._keys[rows] == keys)
+        found = self._table
+        values = found.entries[rows[hits]][_VALUES].tolist()
+        for number, row, value in zip(hits.tolist(), rows[hits].tolist(), values, strict=True):
+            if places[number] is not None:
+                continue
+            rest, pack, offset, stored, plain, kind, form, base = value
+            wanted = ids[number].tobytes()
+            pack_id = found.packs[pack]
+            if rest != wanted[8:] or (pack_id, offset) in bad:
+                places[number] = self.find(wanted, bad)
+                continue
+            base_id = None if base == NO_BASE else found.bases[base].tobytes()
+            places[number] = Place(self.first_slot + row, pack_id, offset, stored, plain, kind, form, base_id)
+
+    def all_entries(self) -> Table:
+        return self._table
+
+
+class _Paged:
+    """An index object of which only the fence is in memory; 64 entries are read at a time and checked."""
+
+    def __init__(self, store: Store, name: str, size_bytes: int, first_slot: int) -> None:
+        self._store = store
+        self._name = name
+        self._body_bytes = size_bytes - envelope.HEADER_BYTES - envelope.CHECKSUM_BYTES
+        self.first_slot = first_slot
+        self._layout = table.layout(self._read(0, min(_HEAD_BYTES, self._body_bytes)), self._body_bytes, name)
+        self.entries = self._layout.count
+        found = self._layout
+        head = self._read(0, found.entries_at)
+        self._packs = table.parse_packs(head, found)
+        self._fence = np.frombuffer(head, dtype="<u8", offset=found.fence_at)
+        bases = self._read(found.bases_at, found.base_count * ID_BYTES)
+        self._bases = table.ids_of(bases)
+        self._pages: OrderedDict[int, Entries] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _read(self, offset_bytes: int, length_bytes: int) -> bytes:
+        return self._store.get_range(self._name, envelope.HEADER_BYTES + offset_bytes, length_bytes)
+
+    def _page(self, number: int) -> Entries:
+        with self._lock:
+            page = self._pages.get(number)
+            if page is not None:
+                self._pages.move_to_end(number)
+                return page
+        start = number * FENCE_ENTRIES
+        # One entry more than the fence stands for: equal keys may cross a page's border.
+        count = min(FENCE_ENTRIES + 1, self.entries - start)
+        data = self._read(self._layout.entries_at + start * ENTRY.itemsize, count * ENTRY.itemsize)
+        page = np.frombuffer(data, dtype=ENTRY)
+        table.check_entries(page, self._layout, self._name)
+        with self._lock:
+            self._pages[number] = page
+            while len(self._pages) > _PAGES_KEPT:
+                self._pages.popitem(last=False)
+        return page
+
+    def find(self, wanted: bytes, bad: BadPlaces) -> Place | None:
+        key = int.from_bytes(wanted[:8], "little")
+        number = max(int(np.searchsorted(self._fence, np.uint64(key), side="left")) - 1, 0)
+        while number < len(self._fence) and int(self._fence[number]) <= key:
+            page = self._page(number)
+            row = int(np.searchsorted(page["key"], np.uint64(key)))
+            slot = self.first_slot + number * FENCE_ENTRIES
+            place = _match(page, row, wanted, key, self._packs, self._bases, slot, bad)
+            if place is not None:
+                return place
+            number += 1
+        return None
+
+    def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: BadPlaces) -> None:
+        """Fill in where `places` is still None; a page a look-up."""
+        del keys
+        for number, place in enumerate(places):
+            if place is None:
+                places[number] = self.find(ids[number].tobytes(), bad)
+
+    def all_entries(self) -> Table:
+        return load(self._store, self._name)
+
+
+def _match(
+    entries: Entries,
+    row: int,
+    wanted: bytes,
+    key: int,
+    packs: tuple[bytes, ...],
+    bases: Ids,
+    first_slot: int,
+    bad: BadPlaces,
+) -> Place | None:
+    rest = wanted[8:]
+    while row < len(entries):
+        entry = entries[row]
+        if int(entry["key"]) != key:
+            return None
+        pack = packs[entry["pack"]]
+        if entry["rest"].tobytes() == rest and (pack, int(entry["offset"])) not in bad:
+            base = int(entry["base"])
+            return Place(
+                first_slot + row,
+                pack,
+                int(entry["offset"]),
+                int(entry["stored"]),
+                int(entry["plain"]),
+                int(entry["kind"]),
+                int(entry["form"]),
+                None if base == NO_BASE else bases[base].tobytes(),
+            )
+        row += 1
+    return None
+
+
+class Index:
+    """All index objects of a repository and what the own session adds."""
+
+    def __init__(self, store: Store, bad: BadPlaces = frozenset()) -> None:
+        self._store = store
+        self._parts: list[_Resident | _Paged] = []
+        self._new: dict[bytes, Place] = {}
+        self._bad = bad
+        self._resident = 0
+        self.slots = 0
+
+    @classmethod
+    def load(
+        cls,
+        store: Store,
+        bad: BadPlaces = frozenset(),
+        damaged: Callable[[str, DamagedError], None] | None = None,
+    ) -> Index:
+        """All index objects that the store lists.
+
+        Parameters
+        ----------
+        bad : frozenset of (pack id, offset)
+            Records that count as missing.
+        damaged : callable, optional
+            Is told of index objects that cannot be read; without it the first one is an error.
+        """
+        index = cls(store, bad)
+        found = sorted(store.list("index/"), key=lambda item: (item[1], item[0]))
+        small: list[Table] = []
+        for name, size_bytes in found:
+            entries = size_bytes // ENTRY.itemsize
+            try:
+                if index._resident + entries <= RESIDENT_ENTRIES:
+                    small.append(load(store, name))
+                    index._resident += len(small[-1].entries)
+                else:
+                    index._add_part(_Paged(store, name, size_bytes, index.slots))
+            except DamagedError as error:
+                if damaged is None:
+                    raise
+                damaged(name, error)
+        if small:
+            # Many small objects cost a look-up each: one table of them all costs one.
+            index._add_part(_Resident(table.merge(small), index.slots))
+        return index
+
+    def _add_part(self, part: _Resident | _Paged) -> None:
+        self._parts.append(part)
+        self.slots += part.entries
+
+    def add_table(self, contents: Table) -> None:
+        """Take up what lies in packs that no index object names."""
+        self._add_part(_Resident(contents, self.slots))
+
+    def add(self, record_id: bytes, place: Place) -> None:
+        """Note what the own session has stored."""
+        self._new[record_id] = place
+
+    def written(self, name: str, contents: Table, size_bytes: int) -> None:
+        """The own session's entries are in an index object now and leave the dict."""
+        if self._resident + len(contents.entries) <= RESIDENT_ENTRIES:
+            self._resident += len(contents.entries)
+            self._add_part(_Resident(contents, self.slots))
+        else:
+            self._add_part(_Paged(self._store, name, size_bytes, self.slots))
+        for record_id in contents.ids():
+            self._new.pop(record_id.tobytes(), None)
+
+    def find(self, record_id: bytes) -> Place | None:
+        """Where a record lies; None when it is nowhere."""
+        place = self._new.get(record_id)
+        if place is not None:
+            return place
+        for part in self._parts:
+            place = part.find(record_id, self._bad)
+            if place is not None:
+                return place
+        return None
+
+    def find_many(self, ids: Ids) -> list[Place | None]:
+        """Where records lie, in the order of `ids` (V32 array of shape (n,))."""
+        places: list[Place | None] = [None] * len(ids)
+        if self._new:
+            for number, record_id in enumerate(ids):
+                places[number] = self._new.get(record_id.tobytes())
+        keys = table.id_keys(ids)
+        for part in self._parts:
+            part.find_many(ids, keys, places, self._bad)
+        return places
+
+    def packs(self) -> set[bytes]:
+        """Ids of all packs that an entry names."""
+        return {pack for contents in self.tables() for pack in contents.packs}
+
+    def tables(self) -> list[Table]:
+        """All tables, in the order of their slots. Larger than memory allows for very large repositories."""
+        return [part.all_entries() for part in self._parts]
+
+
+def load(store: Store, name: str) -> Table:
+    """Read one index object whole and check it."""
+    try:
+        object_id = bytes.fromhex(name.removeprefix("index/"))
+    except ValueError as error:
+        raise DamagedError(f"{name} is no name of an index object; remove it") from error
+    data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
+    kind, _, body = envelope.opened(data, name, object_id)
+    envelope.expect(kind, Kind.INDEX, name)
+    return table.parse(body, name)
+
+
+def write(store: Store, contents: Table) -> tuple[str, int]:
+    """Store one index object. Returns its name and size in bytes."""
+    object_id = secrets.token_bytes(PACK_ID_BYTES)
+    name = f"index/{object_id.hex()}"
+    return name, store.put_new(name, [envelope.sealed(Kind.INDEX, object_id, contents.to_bytes())])
+
+
+def unindexed_packs(store: Store, known: set[bytes]) -> list[tuple[bytes, int]]:
+    """(id, size in bytes) of packs in the store that no entry names."""
+    found = []
+    for name, size_bytes in store.list("packs/"):
+        try:
+            pack_id = bytes.fromhex(name.removeprefix("packs/"))
+        except ValueError:
+            continue
+        if len(pack_id) == PACK_ID_BYTES and pack_id not in known:
+            found.append((pack_id, size_bytes))
+    return found
+
+

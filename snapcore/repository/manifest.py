@@ -1,0 +1,140 @@
+"""Manifests: one a snapshot, the only commit point (docs/FORMAT.md, "Manifest")."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+
+import msgspec
+
+from snapcore.errors import DamagedError, NotFoundError, UsageError
+from snapcore.repository import envelope, tree
+from snapcore.repository.domain import Domain
+from snapcore.repository.envelope import Kind
+from snapcore.repository.tree import Root
+from snapcore.store.interface import Store
+
+PREFIX = "snapshots/"
+DISK_NAME_LIMIT = 255
+SIZE_LIMIT_BYTES = 1 << 60
+_NAME = re.compile(r"snapshots/([0-9a-f]{16})/([0-9a-f]{8})-([0-9a-f]{32})")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot. Immutable; all sizes in bytes.
+
+    Attributes
+    ----------
+    id, disk, parent : str
+        Own id (32 hexadecimal digits), name of the disk, id of the snapshot it was compared with or None.
+    sequence : int
+        1 + that of the parent: the order within the disk's chain.
+    created : str
+        UTC, RFC 3339, for people.
+    size_bytes, chunk_bytes, levels, root
+        Size of the disk, of a chunk, height of the tree, its root id in hexadecimal.
+    written_bytes, changed_bytes, new_bytes, stored_bytes : int
+        In chunks that are not all zero; in chunks that differ from the parent's; added before
+        compression; added to the repository.
+    fallback_reason : str or None
+        Why more was read or hashed than what changed.
+    label, tags, source, software
+        For people.
+    """
+
+    id: str
+    disk: str
+    sequence: int
+    parent: str | None
+    created: str
+    size_bytes: int
+    chunk_bytes: int
+    levels: int
+    root: str
+    written_bytes: int
+    changed_bytes: int
+    new_bytes: int
+    stored_bytes: int
+    fallback_reason: str | None = None
+    label: str | None = None
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
+    source: str | None = None
+    software: str = ""
+
+    @property
+    def tree(self) -> Root:
+        """Root of the snapshot's tree."""
+        return Root(bytes.fromhex(self.root), self.levels)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the disk, zero ones included."""
+        return -(-self.size_bytes // self.chunk_bytes)
+
+
+def check_disk(disk: str) -> str:
+    """The name of a disk, when it is one: 1 to 255 printable characters."""
+    if not 1 <= len(disk) <= DISK_NAME_LIMIT or any(unicodedata.category(sign)[0] == "C" for sign in disk):
+        raise UsageError(f"a disk's name has 1 to {DISK_NAME_LIMIT} printable characters, not {disk!r}")
+    return disk
+
+
+def name(domain: Domain, disk: str, sequence: int, snapshot_id: str) -> str:
+    """Name of a manifest in the store."""
+    return f"{PREFIX}{domain.disk_tag(disk)}/{sequence:08x}-{snapshot_id}"
+
+
+def names(store: Store, domain: Domain | None = None, disk: str | None = None) -> Iterator[str]:
+    """Names of all manifests (and tombstones), or of those of one disk in the order of its chain."""
+    prefix = PREFIX
+    if domain is not None and disk is not None:
+        prefix = f"{PREFIX}{domain.disk_tag(disk)}/"
+    for found, _ in store.list(prefix):
+        if not _NAME.fullmatch(found):
+            raise DamagedError(f"{store.url}/{found} is no name of a snapshot; remove what does not belong there")
+        yield found
+
+
+def id_in(object_name: str) -> str:
+    """The snapshot's id in the name of its manifest."""
+    return object_name[-32:]
+
+
+def write(store: Store, object_name: str, manifest: Manifest) -> int:
+    """Commit a snapshot: ExistsError when a tombstone was put in its place."""
+    body = msgspec.json.encode(manifest)
+    return store.put_new(object_name, [envelope.sealed(Kind.MANIFEST, bytes.fromhex(manifest.id), body)])
+
+
+def write_tombstone(store: Store, object_name: str) -> None:
+    """Fence a writer: its commit under this name fails from now on. ExistsError when it has committed."""
+    store.put_new(object_name, [envelope.sealed(Kind.TOMBSTONE, bytes.fromhex(id_in(object_name)), b"{}")])
+
+
+def read(store: Store, object_name: str, domain: Domain) -> Manifest | None:
+    """A manifest, every field checked; None for a tombstone or one that was deleted meanwhile."""
+    where = f"{store.url}/{object_name}"
+    try:
+        data = store.get(object_name, envelope.OBJECT_LIMIT_BYTES)
+    except NotFoundError:
+        return None
+    kind, _, body = envelope.opened(data, where, bytes.fromhex(id_in(object_name)))
+    if kind == Kind.TOMBSTONE:
+        return None
+    envelope.expect(kind, Kind.MANIFEST, where)
+    manifest = envelope.from_json(body, Manifest, where)
+    root = manifest.root
+    whole = (
+        0 <= manifest.size_bytes <= SIZE_LIMIT_BYTES
+        and 4096 <= manifest.chunk_bytes <= 4 << 20
+        and manifest.chunk_bytes & (manifest.chunk_bytes - 1) == 0
+        and manifest.levels == tree.levels_for(manifest.chunks)
+        and re.fullmatch(r"[0-9a-f]{64}", root)
+        and object_name == name(domain, manifest.disk, manifest.sequence, manifest.id)
+    )
+    if not whole:
+        raise DamagedError(f"{where} has members that contradict each other or its name")
+    return manifest
+
+

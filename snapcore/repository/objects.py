@@ -1,0 +1,209 @@
+"""Objects by id: finds the record, reads it, decodes it, applies a patch, and checks the bytes against the id.
+
+Nothing that does not match its id is handed out. Safe from many threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
+from snapcore.persist import Buffer
+from snapcore.repository import pack, record
+from snapcore.repository.domain import Domain
+from snapcore.repository.index import Index, Place
+from snapcore.repository.record import UNIT_BYTES, Form, RecordKind
+from snapcore.repository.table import Ids
+from snapcore.repository.tree import NODE_BYTES
+from snapcore.store.interface import Reader
+
+_NODES_KEPT = 1024
+_BASES_KEPT = 64
+# Records of one pack that lie this close are read in one go.
+_GAP_BYTES = 64 << 10
+_RUN_BYTES = 4 << 20
+
+
+class Objects:
+    """Reads chunks and nodes of one repository.
+
+    Parameters
+    ----------
+    store : Reader
+    index : Index
+    domain : Domain
+    chunk_bytes : int
+        Length of every chunk, in bytes.
+    """
+
+    def __init__(self, store: Reader, index: Index, domain: Domain, chunk_bytes: int) -> None:
+        self.index = index
+        self.domain = domain
+        self.chunk_bytes = chunk_bytes
+        self._store = store
+        self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
+        self._nodes = _Cache(_NODES_KEPT)
+        self._bases = _Cache(_BASES_KEPT)
+
+    def place(self, kind: RecordKind, object_id: bytes) -> Place:
+        """Where an object lies; MissingObjectError when nowhere."""
+        place = self.index.find(object_id)
+        if place is None or place.kind != kind:
+            raise missing(kind, object_id)
+        return place
+
+    def chunk(self, object_id: bytes) -> Buffer:
+        """Plain bytes of a chunk."""
+        return self._object(RecordKind.CHUNK, object_id, self.place(RecordKind.CHUNK, object_id))
+
+    def node(self, object_id: bytes) -> Buffer:
+        """Bytes of a tree node."""
+        found = self._nodes.get(object_id)
+        if found is None:
+            found = self._object(RecordKind.NODE, object_id, self.place(RecordKind.NODE, object_id))
+            self._nodes.put(object_id, found)
+        return found
+
+    def base_of(self, kind: RecordKind, object_id: bytes) -> tuple[bytes, Buffer] | None:
+        """(id, bytes) of what a patch of the successor of an object may rest on: a record stored full.
+
+        None where there is none or it cannot be read: then the successor is stored full as well.
+        """
+        try:
+            place = self.place(kind, object_id)
+            base_id = object_id if place.base is None else place.base
+            return base_id, self._base(kind, base_id)
+        except DamagedError:
+            return None
+
+    def chunks(self, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
+        """(number, bytes or what is wrong) for every chunk of `ids`; neighbours in a pack are read in one go."""
+        wanted: list[tuple[bytes, int, int, Place]] = []
+        for number, place in enumerate(self.index.find_many(ids)):
+            if place is None or place.kind != RecordKind.CHUNK:
+                yield number, missing(RecordKind.CHUNK, ids[number].tobytes())
+            else:
+                wanted.append((place.pack, place.offset, number, place))
+        wanted.sort()
+        first = 0
+        while first < len(wanted):
+            pack_id, start, _, place = wanted[first]
+            stop = start + place.stored
+            last = first + 1
+            while last < len(wanted):
+                next_pack, offset, _, place = wanted[last]
+                if next_pack != pack_id or offset > stop + _GAP_BYTES or offset + place.stored > start + _RUN_BYTES:
+                    break
+                stop = max(stop, offset + place.stored)
+                last += 1
+            yield from self._run(pack_id, start, stop, wanted[first:last], ids)
+            first = last
+
+    def _run(
+        self, pack_id: bytes, start: int, stop: int, wanted: list[tuple[bytes, int, int, Place]], ids: Ids
+    ) -> Iterator[tuple[int, Buffer | DamagedError]]:
+        data: memoryview | None = None
+        # A run that cannot be read is read record by record, so that only what is damaged is missing.
+        with contextlib.suppress(DamagedError):
+            data = memoryview(self._read(pack_id, start, stop - start))
+        for _, offset, number, place in wanted:
+            object_id = ids[number].tobytes()
+            try:
+                if data is None:
+                    plain = self._object(RecordKind.CHUNK, object_id, place)
+                else:
+                    raw = data[offset - start : offset - start + place.stored]
+                    plain = self._decoded(RecordKind.CHUNK, object_id, place, raw)
+            except DamagedError as error:
+                yield number, error
+            else:
+                yield number, plain
+
+    def _object(self, kind: RecordKind, object_id: bytes, place: Place) -> Buffer:
+        raw = self._read(place.pack, place.offset, place.stored)
+        return self._decoded(kind, object_id, place, memoryview(raw))
+
+    def _read(self, pack_id: bytes, offset_bytes: int, length_bytes: int) -> bytes:
+        """Bytes of a pack; a pack that is gone or a medium that fails is damage, a store that fails is not."""
+        try:
+            return self._store.get_range(pack.name(pack_id), offset_bytes, length_bytes)
+        except (NotFoundError, ReadError) as error:
+            raise DamagedError(f"{error}; run `snapcore verify` to see what it hits") from error
+
+    def _base(self, kind: RecordKind, base_id: bytes) -> Buffer:
+        found = self._bases.get(base_id)
+        if found is None:
+            place = self.place(kind, base_id)
+            if place.form != Form.FULL:
+                raise DamagedError(f"the {kind.name.lower()} {base_id.hex()} is the base of a patch and a patch")
+            found = self._object(kind, base_id, place)
+            self._bases.put(base_id, found)
+        return found
+
+    def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Buffer:
+        where = f"{pack.name(place.pack)} at {place.offset}"
+        head = record.parse_header(raw, where)
+        if head.id != object_id or head.kind != kind:
+            raise DamagedError(f"{where}: the record of {head.id.hex()} where that of {object_id.hex()} belongs")
+        return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
+
+    def checked(self, kind: RecordKind, head: record.RecordHeader, payload: Buffer, where: str) -> Buffer:
+        """The object that a record holds, checked against its id.
+
+        Raises
+        ------
+        DamagedError
+        """
+        size_bytes = self._sizes[kind]
+        unit_bytes = UNIT_BYTES[kind]
+        if head.form == Form.FULL:
+            plain = record.payload_plain(head, payload, size_bytes, where)
+            if len(plain) != size_bytes:
+                raise DamagedError(f"{where}: {len(plain)} bytes where {size_bytes} belong")
+        else:
+            limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
+            patch = record.payload_plain(head, payload, limit_bytes, where)
+            base = self._base(kind, record.patch_base(patch, where))
+            plain = record.apply_patch(patch, base, unit_bytes, where)
+        if self.identify(kind, plain) != head.id:
+            raise DamagedError(f"{where}: the content of {head.id.hex()} does not match its id")
+        return plain
+
+    def identify(self, kind: RecordKind, plain: Buffer) -> bytes:
+        """The id of plain bytes."""
+        if kind == RecordKind.CHUNK:
+            return self.domain.chunk_id(plain)
+        return self.domain.node_id(plain)
+
+
+def missing(kind: RecordKind, object_id: bytes) -> MissingObjectError:
+    """The error for an object that no index object names."""
+    return MissingObjectError(
+        f"the {kind.name.lower()} {object_id.hex()} is in no pack that the index knows; "
+        "run `snapcore repo rebuild-index`, then `snapcore verify`"
+    )
+
+
+class _Cache:
+    """The most recently used objects, a fixed number of them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: OrderedDict[bytes, Buffer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, object_id: bytes) -> Buffer | None:
+        with self._lock:
+            found = self._items.get(object_id)
+            if found is not None:
+                self._items.move_to_end(object_id)
+            return found
+
+    def put(self, object_id: bytes, plain: Buffer) -> None:
+        with self._lock:
+            self._items[object_id] = plain
+            while len(self._items) > self._limit:
+                self._items.popitem(last=False)

@@ -1,0 +1,163 @@
+"""The work on one span of a source: read it, find the chunks that differ from the parent's, make their records.
+
+Relies on the hints only where they are `trusted`: then a chunk whose fingerprint is the recorded one counts as
+unchanged; every other chunk is told by its content id. What is `suspect` (the parent's chunk there is damaged) is
+always hashed, and stored again when it is missing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from snapcore import digest, extents, scan
+from snapcore.extents import Extents
+from snapcore.parallel import SPAN_BYTES
+from snapcore.repository import tree
+from snapcore.repository.domain import ID_BYTES
+from snapcore.repository.hints import Fingerprints, Hints
+from snapcore.repository.objects import Objects
+from snapcore.repository.record import Record, RecordKind
+from snapcore.repository.storer import patched
+from snapcore.repository.table import ids_of
+from snapcore.repository.tree import FANOUT, Node, Root
+from snapcore.source import Source
+
+# What fits the second-level cache is read there and looked at while it is.
+_WINDOW_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of work: bytes to read, or (`hole`) bytes that are zero."""
+
+    offset_bytes: int
+    length_bytes: int
+    hole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a span: the new ids of its chunks, or None where nothing changed."""
+
+    span: Span
+    ids: Node | None
+    fingerprints: Fingerprints | None
+    changed_chunks: int
+    more_chunks: int
+    records: list[Record]
+
+
+class Reading:
+    """The work on one span; safe on many threads at once."""
+
+    def __init__(
+        self,
+        source: Source,
+        objects: Objects,
+        parent: Root,
+        hints: Hints,
+        *,
+        trusted: bool,
+        suspect: Extents,
+        compression: str,
+    ) -> None:
+        self._source = source
+        self._objects = objects
+        self._parent = parent
+        self._hints = hints
+        self._trusted = trusted
+        self._suspect = suspect
+        self._compression = compression
+        self._chunk_bytes = objects.chunk_bytes
+        self._local = threading.local()
+
+    def __call__(self, span: Span) -> Outcome:
+        return self._clear(span) if span.hole else self._read(span)
+
+    def _clear(self, span: Span) -> Outcome:
+        first = span.offset_bytes // self._chunk_bytes
+        stop = -(-(span.offset_bytes + span.length_bytes) // self._chunk_bytes)
+        gone = 0
+        for start, leaf in self._leaves(first, stop):
+            used = tree.used_slots(leaf) + start
+            gone += int(((used >= first) & (used < stop)).sum())
+        return Outcome(span, None, None, gone, -gone, [])
+
+    def _leaves(self, first: int, stop: int) -> Iterator[tuple[int, Node]]:
+        # What of the parent cannot be read counts as not there: it is in `suspect` and read from the source.
+        return tree.leaves(self._parent, self._objects.node, first, stop, damaged=lambda *_: None)
+
+    def parent_ids(self, first: int, count: int) -> Node:
+        """Ids of the parent's chunks from `first` on: uint8 array of shape (count, 32)."""
+        ids = np.zeros((count, ID_BYTES), dtype=np.uint8)
+        for start, leaf in self._leaves(first, first + count):
+            low, high = max(first, start), min(first + count, start + FANOUT)
+            ids[low - first : high - first] = leaf[low - start : high - start]
+        return ids
+
+    def chunks(self, offset_bytes: int, length_bytes: int) -> memoryview:
+        """Bytes of the source from a chunk's border on, padded with zeros to whole chunks; valid until the next call."""
+        whole = -(-length_bytes // self._chunk_bytes) * self._chunk_bytes
+        space: memoryview | None = getattr(self._local, "space", None)
+        if space is None or len(space) < whole:
+            space = memoryview(bytearray(max(whole, SPAN_BYTES)))
+            self._local.space = space
+        view = space[:whole]
+        for start in range(0, length_bytes, _WINDOW_BYTES):
+            stop = min(start + _WINDOW_BYTES, length_bytes)
+            self._source.read_into(view[start:stop], offset_bytes + start)
+        if length_bytes < whole:
+            view[length_bytes:] = bytes(whole - length_bytes)
+        return view
+
+    def _read(self, span: Span) -> Outcome:
+        data = self.chunks(span.offset_bytes, span.length_bytes)
+        size = self._chunk_bytes
+        first = span.offset_bytes // size
+        count = len(data) // size
+        prints = digest.xxh64_blocks(data, size, self._hints.seed)
+        zero = scan.zero_mask(data, size).view(np.bool)
+        prints[zero] = 0
+        suspect = self._suspect_mask(first, count)
+        same = np.zeros(count, dtype=np.bool)
+        if self._trusted:
+            same = (prints == self._hints.read(first, count)) & ~zero & ~suspect
+        if same.all():
+            return Outcome(span, None, prints, 0, 0, [])
+        old = self.parent_ids(first, count)
+        ids = old.copy()
+        ids[zero] = 0
+        open_slots = np.flatnonzero(~same & ~zero).tolist()
+        for slot in open_slots:
+            chunk_id = self._objects.domain.chunk_id(data[slot * size : (slot + 1) * size])
+            ids[slot] = np.frombuffer(chunk_id, dtype=np.uint8)
+        changed = (ids != old).any(axis=1)
+        new = [slot for slot in open_slots if changed[slot] or suspect[slot]]
+        records = self._records(data, ids, old, new)
+        more = int(ids.any(axis=1).sum()) - int(old.any(axis=1).sum())
+        return Outcome(span, ids, prints, int(changed.sum()), more, records)
+
+    def _records(self, data: memoryview, ids: Node, old: Node, slots: list[int]) -> list[Record]:
+        size = self._chunk_bytes
+        wanted = ids_of(ids[slots].tobytes())
+        records = []
+        for slot, place in zip(slots, self._objects.index.find_many(wanted), strict=True):
+            if place is None:
+                plain = data[slot * size : (slot + 1) * size]
+                chunk_id, old_id = ids[slot].tobytes(), old[slot].tobytes()
+                records.append(
+                    patched(self._objects, RecordKind.CHUNK, chunk_id, plain, old_id, self._compression)
+                )
+        return records
+
+    def _suspect_mask(self, first: int, count: int) -> npt.NDArray[np.bool]:
+        mask = np.zeros(count, dtype=np.bool)
+        size = self._chunk_bytes
+        for start, length in extents.clipped(self._suspect, first * size, (first + count) * size).tolist():
+            mask[start // size - first : -(-(start + length) // size) - first] = True
+        return mask

@@ -1,0 +1,188 @@
+"""One record of a pack: 64 bytes of header and a payload (docs/FORMAT.md, "Packs"), full or as a patch.
+
+Every length is checked before use; a decoded payload is never larger than the caller's limit.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import xxhash
+
+from snapcore import scan
+from snapcore.errors import DamagedError, UnsupportedFormatError
+from snapcore.persist import Buffer
+from snapcore.repository import codec
+from snapcore.repository.domain import ID_BYTES
+
+HEADER_BYTES = 64
+CHUNK_UNIT_BYTES = 4096
+NODE_UNIT_BYTES = 32
+
+_MAGIC = b"SREC"
+_HEADER = struct.Struct("<4sBBBBII32sQ")
+_CHECKED_BYTES = _HEADER.size
+_PATCH = struct.Struct("<32sII")
+
+
+class RecordKind(IntEnum):
+    """What a record holds."""
+
+    CHUNK = 1
+    NODE = 2
+    DIRECTORY = 3
+
+
+class Form(IntEnum):
+    """Whole, or as what differs from a base that is stored whole."""
+
+    FULL = 0
+    PATCH = 1
+
+
+UNIT_BYTES = {RecordKind.CHUNK: CHUNK_UNIT_BYTES, RecordKind.NODE: NODE_UNIT_BYTES}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record ready to be appended to a pack.
+
+    Attributes
+    ----------
+    plain_bytes : int
+        Length of the payload before compression.
+    base : bytes or None
+        Id of the base when it is a patch.
+    """
+
+    kind: RecordKind
+    form: Form
+    id: bytes
+    header: bytes
+    payload: Buffer
+    codec: codec.Codec
+    plain_bytes: int
+    base: bytes | None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Header and payload."""
+        return HEADER_BYTES + len(self.payload)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordHeader:
+    """What a checked header says."""
+
+    kind: RecordKind
+    form: Form
+    codec: int
+    payload_bytes: int
+    plain_bytes: int
+    id: bytes
+    checksum: int
+
+
+def make(
+    kind: RecordKind, record_id: bytes, plain: Buffer, compression: str, base: bytes | None = None
+) -> Record:
+    """A record of `plain`: the whole object, or the plain form of a patch when a base is named."""
+    form = Form.FULL if base is None else Form.PATCH
+    how, payload = codec.encode(plain, compression)
+    checked = _HEADER.pack(
+        _MAGIC, kind, how, form, 0, len(payload), len(plain), record_id, xxhash.xxh3_64_intdigest(payload)
+    )
+    header = checked + xxhash.xxh3_64_intdigest(checked).to_bytes(8, "little")
+    return Record(kind, form, record_id, header, payload, how, len(plain), base)
+
+
+def parse_header(data: Buffer, where: str) -> RecordHeader:
+    """Check the header at the start of `data`.
+
+    Raises
+    ------
+    DamagedError, UnsupportedFormatError
+    """
+    if len(data) < HEADER_BYTES:
+        raise DamagedError(f"{where}: {len(data)} bytes are too few for a record")
+    magic, kind, how, form, seal, payload_bytes, plain_bytes, record_id, checksum = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise DamagedError(f"{where}: no record begins here")
+    claimed = int.from_bytes(data[_CHECKED_BYTES:HEADER_BYTES], "little")
+    if xxhash.xxh3_64_intdigest(data[:_CHECKED_BYTES]) != claimed:
+        raise DamagedError(f"{where}: the record's header does not match its checksum")
+    if seal != 0 or kind not in (1, 2, 3) or form not in (0, 1):
+        raise UnsupportedFormatError(
+            f"{where}: a record of kind {kind}, form {form}, seal {seal}; install a newer version"
+        )
+    return RecordHeader(RecordKind(kind), Form(form), how, payload_bytes, plain_bytes, record_id, checksum)
+
+
+def payload_plain(head: RecordHeader, payload: Buffer, limit_bytes: int, where: str) -> Buffer:
+    """Check and decode a payload: the object itself, or the plain form of a patch."""
+    if len(payload) != head.payload_bytes:
+        raise DamagedError(f"{where}: a payload of {len(payload)} bytes where {head.payload_bytes} belong")
+    if head.plain_bytes > limit_bytes:
+        raise DamagedError(f"{where}: says that it decodes to {head.plain_bytes} of at most {limit_bytes} bytes")
+    if xxhash.xxh3_64_intdigest(payload) != head.checksum:
+        raise DamagedError(f"{where}: the payload does not match its checksum")
+    try:
+        return codec.decode(head.codec, payload, head.plain_bytes)
+    except DamagedError as error:
+        raise DamagedError(f"{where}: {error}") from error
+
+
+def patch_limit_bytes(object_bytes: int, unit_bytes: int) -> int:
+    """The longest that the plain form of a patch of such an object can be."""
+    return _PATCH.size + -(-object_bytes // unit_bytes // 8) + 1 + object_bytes
+
+
+def make_patch(plain: Buffer, base_id: bytes, base: Buffer, unit_bytes: int) -> bytes | None:
+    """The plain form of a patch from `base` to `plain`; None when over half of the units differ."""
+    mask = _differing_units(plain, base, unit_bytes)
+    changed = int(mask.sum())
+    if changed * 2 > len(mask):
+        return None
+    units = np.frombuffer(plain, dtype=np.uint8).reshape(-1, unit_bytes)[mask]
+    bits = np.packbits(mask, bitorder="little").tobytes()
+    return b"".join((_PATCH.pack(base_id, unit_bytes, len(mask)), bits, units.tobytes()))
+
+
+def _differing_units(plain: Buffer, base: Buffer, unit_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
+    if unit_bytes >= 512:
+        return scan.differing_mask(plain, base, unit_bytes).view(np.bool)
+    a = np.frombuffer(plain, dtype=np.uint64).reshape(-1, unit_bytes // 8)
+    b = np.frombuffer(base, dtype=np.uint64).reshape(-1, unit_bytes // 8)
+    differs: np.ndarray[tuple[int], np.dtype[np.bool]] = (a != b).any(axis=1)
+    return differs
+
+
+def patch_base(patch: Buffer, where: str) -> bytes:
+    """Id of the base that the plain form of a patch names."""
+    if len(patch) < _PATCH.size:
+        raise DamagedError(f"{where}: a patch of {len(patch)} bytes")
+    return bytes(patch[:ID_BYTES])
+
+
+def apply_patch(patch: Buffer, base: Buffer, unit_bytes: int, where: str) -> bytearray:
+    """The object that a patch makes of its base; every length is checked."""
+    units = len(base) // unit_bytes
+    mask_bytes = (units + 7) // 8
+    if len(patch) < _PATCH.size + mask_bytes:
+        raise DamagedError(f"{where}: a patch of {len(patch)} bytes for a mask of {mask_bytes}")
+    _, found_unit, found_units = _PATCH.unpack_from(patch)
+    if found_unit != unit_bytes or found_units != units:
+        raise DamagedError(f"{where}: a patch of {found_units} × {found_unit} bytes for {units} × {unit_bytes}")
+    bits = np.frombuffer(patch, dtype=np.uint8, count=mask_bytes, offset=_PATCH.size)
+    mask = np.unpackbits(bits, count=units, bitorder="little").view(np.bool)
+    changed = int(mask.sum())
+    start = _PATCH.size + mask_bytes
+    if len(patch) != start + changed * unit_bytes:
+        raise DamagedError(f"{where}: a patch of {len(patch)} bytes holds no {changed} units of {unit_bytes}")
+    plain = bytearray(base)
+    target = np.frombuffer(plain, dtype=np.uint8).reshape(units, unit_bytes)
+    target[mask] = np.frombuffer(patch, dtype=np.uint8, offset=start).reshape(changed, unit_bytes)
+    return plain

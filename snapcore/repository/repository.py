@@ -1,0 +1,340 @@
+"""The cold tier: a folder or object-store prefix of snapshots, content-addressed, any of which restores the whole disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+
+import numpy as np
+
+from snapcore import extents
+from snapcore.errors import NotFoundError, UsageError
+from snapcore.extents import Extents
+from snapcore.persist import Medium
+from snapcore.progress import ProgressCallback
+from snapcore.repository import (
+    codec,
+    collect,
+    config,
+    create,
+    manifest,
+    marks,
+    rebuild,
+    restore,
+    session,
+    tree,
+    verify,
+)
+from snapcore.repository.collect import Collected
+from snapcore.repository.config import CHUNK_BYTES, Config
+from snapcore.repository.context import Context
+from snapcore.repository.create import Created, Request
+from snapcore.repository.domain import PLAIN
+from snapcore.repository.manifest import Manifest
+from snapcore.repository.marks import Usage
+from snapcore.repository.reader import SnapshotReader
+from snapcore.repository.restore import Restored
+from snapcore.repository.session import Session
+from snapcore.repository.verify import Verified
+from snapcore.source import Source, open_source, open_target
+from snapcore.store import LocalStore, Store
+
+SnapshotLike = Manifest | str
+_ID_PART = re.compile(r"[0-9a-f]{4,32}")
+
+
+class Repository:
+    """A repository. Make one with `Repository.create`, open it with `Repository.open`.
+
+    Every method may be called from many threads and processes at once; `collect` refuses while a snapshot is being
+    taken, and says by whom.
+    """
+
+    def __init__(self, store: Store, found: Config) -> None:
+        self._context = Context(store, found, PLAIN)
+
+    @classmethod
+    def create(
+        cls, place: str | os.PathLike[str] | Store, *, chunk_bytes: int = CHUNK_BYTES, compression: str = "lz4"
+    ) -> Repository:
+        """Make a new repository.
+
+        Parameters
+        ----------
+        place : path or Store
+            A folder that is empty or not there yet, or a store of your own.
+        chunk_bytes : int
+            A power of two from 4 KiB to 4 MiB. Smaller chunks share more and cost more index (56 bytes each).
+        compression : str
+            "lz4", "zstd" or "none".
+
+        Raises
+        ------
+        ExistsError
+            Something is there already.
+        """
+        store = _store(place)
+        return cls(store, config.create(store, chunk_bytes, compression))
+
+    @classmethod
+    def open(cls, place: str | os.PathLike[str] | Store) -> Repository:
+        """Open a repository; NotFoundError where there is none, UnsupportedFormatError for a newer one."""
+        store = _store(place)
+        return cls(store, config.load(store))
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self._context.store.url
+
+    @property
+    def id(self) -> str:
+        """Its own id: 32 hexadecimal digits."""
+        return self._context.config.id
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Length of a chunk."""
+        return self._context.config.chunk_bytes
+
+    @property
+    def compression(self) -> str:
+        """What new chunks are compressed with unless told otherwise."""
+        return self._context.config.compression
+
+    def snapshot(
+        self,
+        source: str | os.PathLike[str] | Source,
+        *,
+        disk: str,
+        parent: SnapshotLike | None = None,
+        changed: Extents | Iterable[tuple[int, int]] | None = None,
+        paranoid: bool = False,
+        allow_changing: bool = False,
+        compression: str | None = None,
+        label: str | None = None,
+        tags: dict[str, str] | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Created:
+        """Take a snapshot of a disk image, a block device or any other source.
+
+        Parameters
+        ----------
+        source : path or Source
+        disk : str
+            Name of the disk: its snapshots make a chain.
+        parent : snapshot, optional
+            What to compare with; default: the disk's newest snapshot here. One of another disk is fine for a disk
+            that was made from it.
+        changed : int64 array of shape (n, 2) or pairs of (offset, length), optional
+            All byte ranges that may differ from the parent, known from elsewhere. Only they are read, and a random
+            0.1 % of the rest, which must be the same.
+        paranoid : bool
+            Compare by content id and not by the fingerprints that this host remembers.
+        allow_changing : bool
+            Accept a source that is written meanwhile: the snapshot may then mix old and new blocks.
+        compression : str, optional
+            "lz4", "zstd" or "none"; default: the repository's.
+        label, tags
+            For people.
+        progress : callable, optional
+            Gets a `Progress` for each span; raising there cancels, and nothing is visible of the snapshot.
+        executor : concurrent.futures.Executor, optional
+            Threads to work on; default: one a core.
+
+        Raises
+        ------
+        SourceChangedError
+            The source was written meanwhile, or `changed` does not name everything.
+        BusyError, FencedError, ReadError, OutOfSpaceError, NotFoundError, UsageError, StoreError
+        """
+        request = Request(
+            disk=manifest.check_disk(disk),
+            parent=None if parent is None else self.find(parent),
+            changed=None if changed is None else _changed(changed),
+            paranoid=paranoid,
+            compression=None if compression is None else codec.check_compression(compression),
+            label=label,
+            tags=dict(tags or {}),
+        )
+        with ExitStack() as stack:
+            if isinstance(source, (str, os.PathLike)):
+                opened: Source = stack.enter_context(open_source(os.fspath(source), allow_changing=allow_changing))
+            else:
+                opened = source
+            if opened.size_bytes > manifest.SIZE_LIMIT_BYTES:
+                raise UsageError(f"{opened.name} has {opened.size_bytes} bytes; {manifest.SIZE_LIMIT_BYTES} are the most")
+            return create.create(self._context, opened, request, progress, executor)
+
+    def snapshots(self, disk: str | None = None) -> list[Manifest]:
+        """All snapshots, or those of one disk: by disk, in the order of the chain."""
+        names = manifest.names(self._context.store, self._context.domain, disk)
+        found = [manifest.read(self._context.store, name, self._context.domain) for name in names]
+        return sorted(
+            (item for item in found if item is not None),
+            key=lambda item: (item.disk, item.sequence, item.created, item.id),
+        )
+
+    def find(self, snapshot: SnapshotLike) -> Manifest:
+        """The snapshot of an id, of the beginning of one (from 4 digits on) or of a label, when only one has it."""
+        if isinstance(snapshot, Manifest):
+            snapshot = snapshot.id
+        names = list(manifest.names(self._context.store))
+        if _ID_PART.fullmatch(snapshot):
+            matching = [name for name in names if manifest.id_in(name).startswith(snapshot)]
+        else:
+            matching = []
+        found = [
+            item
+            for item in (manifest.read(self._context.store, name, self._context.domain) for name in matching)
+            if item is not None
+        ]
+        if not found:
+            found = [item for item in self.snapshots() if item.label == snapshot]
+        if not found:
+            raise NotFoundError(f"{self.url} has no snapshot {snapshot!r}; see `snapcore snapshot list -r {self.url}`")
+        if len(found) > 1:
+            listed = ", ".join(item.id for item in found[:5])
+            raise UsageError(f"{snapshot!r} stands for {len(found)} snapshots: {listed}; give more digits")
+        return found[0]
+
+    def diff(self, a: SnapshotLike, b: SnapshotLike) -> Extents:
+        """Where two snapshots differ, on chunk borders: int64 array of shape (n, 2), offset and length in bytes.
+
+        Any two snapshots of the repository; costs what differs. Behind the end of the smaller disk, everything that is
+        not zero differs.
+        """
+        old, new = self.find(a), self.find(b)
+        objects = self._context.objects()
+        parts = [np.empty(0, dtype=np.int64)]
+        for first, (leaf_a, leaf_b) in tree.differing(objects.node, old.tree, new.tree):
+            parts.append(first + np.flatnonzero((leaf_a != leaf_b).any(axis=1)))
+        return extents.from_blocks(
+            np.concatenate(parts), self.chunk_bytes, max(old.size_bytes, new.size_bytes)
+        )
+
+    def restore(
+        self,
+        snapshot: SnapshotLike,
+        target: str | os.PathLike[str],
+        *,
+        in_place: bool = False,
+        allow_damaged: bool = False,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+        medium: Medium | None = None,
+    ) -> Restored:
+        """Write a snapshot to a new file, or into an existing file or block device. Durable on return.
+
+        Parameters
+        ----------
+        snapshot : snapshot
+        target : path
+        in_place : bool
+            The target exists: write only what differs. A file gets the snapshot's size.
+        allow_damaged : bool
+            Write zeros where the repository is damaged, and list those ranges in the result.
+        progress, executor
+            As in `snapshot`. After a cancelled or interrupted restore, start it again: it goes on.
+
+        Raises
+        ------
+        ExistsError, NotFoundError, BusyError, RefusedError, UsageError, DamagedError, OutOfSpaceError, StoreError
+        """
+        wanted = self.find(snapshot)
+        store = self._context.store
+        forbidden = store.folder if isinstance(store, LocalStore) else None
+        with open_target(
+            os.fspath(target), wanted.size_bytes, in_place=in_place, forbidden_folder=forbidden, medium=medium
+        ) as opened:
+            return restore.restore(
+                self._context.objects(),
+                wanted,
+                opened,
+                allow_damaged=allow_damaged,
+                progress=progress,
+                executor=executor,
+            )
+
+    def open_snapshot(self, snapshot: SnapshotLike) -> SnapshotReader:
+        """A snapshot as a file to read anywhere in."""
+        return SnapshotReader(self._context.objects(), self.find(snapshot))
+
+    def unique(self, snapshots: Sequence[SnapshotLike]) -> Usage:
+        """What only these snapshots hold together: the bytes that `delete` and `collect` would free."""
+        chosen = [self.find(snapshot) for snapshot in snapshots]
+        ids = {snapshot.id for snapshot in chosen}
+        others = [snapshot for snapshot in self.snapshots() if snapshot.id not in ids]
+        return marks.unique(self._context.objects(), chosen, others)
+
+    def usage(self) -> Usage:
+        """What all snapshots hold together."""
+        return marks.unique(self._context.objects(), self.snapshots(), [])
+
+    def stored_bytes(self) -> int:
+        """Bytes of all objects of the repository."""
+        return sum(size_bytes for _, size_bytes in self._context.store.list(""))
+
+    def delete(self, snapshot: SnapshotLike) -> str:
+        """Delete a snapshot, wherever it stands in its chain; no other one changes. Returns its id.
+
+        `collect` frees the space. One whose manifest is damaged is found by its id.
+        """
+        wanted = snapshot.id if isinstance(snapshot, Manifest) else snapshot
+        names = [name for name in manifest.names(self._context.store) if manifest.id_in(name).startswith(wanted)]
+        if not _ID_PART.fullmatch(wanted) or len(names) != 1:
+            found = self.find(snapshot)
+            names = [manifest.name(self._context.domain, found.disk, found.sequence, found.id)]
+        self._context.store.delete(names[0])
+        return manifest.id_in(names[0])
+
+    def collect(self, *, progress: ProgressCallback | None = None) -> Collected:
+        """Free what no snapshot reaches.
+
+        Raises
+        ------
+        BusyError
+            A snapshot is being taken, or another collection runs; the message names it.
+        DamagedError
+            Something reachable is missing: nothing was removed. Run `verify`, and delete or heal what it names.
+        """
+        return collect.collect(self._context, self.snapshots, progress)
+
+    def verify(
+        self, *, progress: ProgressCallback | None = None, executor: Executor | None = None
+    ) -> Verified:
+        """Read and check everything. What is damaged is marked, so that the next snapshot stores it again."""
+        return verify.verify(self._context, progress, executor)
+
+    def rebuild_index(self, *, progress: ProgressCallback | None = None) -> int:
+        """Make the index anew from the packs. Returns the number of entries; refuses like `collect`."""
+        return rebuild.rebuild_index(self._context, progress)
+
+    def sessions(self) -> list[Session]:
+        """Who works on the repository now, or died at it."""
+        return session.sessions(self._context.store)
+
+    def end_session(self, session_id: str) -> Session:
+        """End the session of a writer that hangs or is gone; if it lives after all, its commit is refused."""
+        found = [item for item in self.sessions() if item.id.startswith(session_id)]
+        if len(found) != 1:
+            raise NotFoundError(f"{self.url} has {len(found)} sessions {session_id!r}")
+        session.end(self._context.store, found[0])
+        return found[0]
+
+
+def _store(place: str | os.PathLike[str] | Store) -> Store:
+    if isinstance(place, (str, os.PathLike)):
+        path = os.fspath(place)
+        if "://" in path:
+            raise UsageError(f"{path}: a repository is a local folder or a Store object")
+        return LocalStore(path)
+    return place
+
+
+def _changed(changed: Extents | Iterable[tuple[int, int]]) -> Extents:
+    return extents.from_pairs(changed)

@@ -1,0 +1,184 @@
+"""Sessions: who works on a repository now. A writer registers before it trusts anything that is stored.
+
+| who | registers, then | and the other one |
+| --- | --- | --- |
+| writer | looks for a collector: withdraws when there is one | is seen by the collector |
+| collector | looks for writers: withdraws when there is one | is seen by the writer |
+
+Both write first and look afterwards, so of two at the same time at least one withdraws. A session can be ended by
+others: a tombstone takes the name of the manifest that its writer would commit, so that a writer which is not
+dead after all is refused at its commit and never leaves a snapshot with missing blocks. How sure one is that it is
+dead is therefore a question of courtesy and not of safety: sessions of processes that are gone from this very
+host are ended without asking, others by `snapcore repo sessions --end ID`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from datetime import UTC, datetime
+from functools import cache
+
+import msgspec
+
+from snapcore.errors import BusyError, DamagedError, ExistsError, NotFoundError
+from snapcore.repository import envelope, manifest
+from snapcore.repository.envelope import Kind
+from snapcore.store.interface import Store
+
+PREFIX = "sessions/"
+CREATE, COLLECT = "create", "collect"
+
+# Sessions that this process has registered and not left.
+_own: set[str] = set()
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """One piece of work under way.
+
+    Attributes
+    ----------
+    id : str
+        32 hexadecimal digits.
+    work : str
+        "create" or "collect".
+    manifest : str or None
+        Name under which a writer will commit.
+    host, kernel, process, started : str, str, int, int
+        Where it runs: host name, boot and process-id space, process id and the process's start in clock ticks.
+    since : str
+        UTC, RFC 3339, for people.
+    generation : int
+        Of the collections that it has seen; reserved.
+    """
+
+    id: str
+    work: str
+    manifest: str | None
+    host: str
+    kernel: str
+    process: int
+    started: int
+    since: str
+    generation: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the session's object."""
+        return PREFIX + self.id
+
+    def describe(self) -> str:
+        """For messages: what, who, since when."""
+        return f"{self.work} {self.id} of process {self.process} on {self.host} since {self.since}"
+
+
+def register(store: Store, work: str, manifest_name: str | None = None) -> Session:
+    """Write a session of this process."""
+    session = Session(
+        id=secrets.token_hex(16),
+        work=work,
+        manifest=manifest_name,
+        host=socket.gethostname(),
+        kernel=_kernel(),
+        process=os.getpid(),
+        started=_started(os.getpid()) or 0,
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    body = msgspec.json.encode(session)
+    _own.add(session.id)
+    store.put_new(session.name, [envelope.sealed(Kind.SESSION, bytes.fromhex(session.id), body)])
+    return session
+
+
+def sessions(store: Store) -> list[Session]:
+    """All sessions that are registered."""
+    found = []
+    for name, _ in list(store.list(PREFIX)):
+        where = f"{store.url}/{name}"
+        try:
+            data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
+        except NotFoundError:
+            continue
+        try:
+            kind, _, body = envelope.opened(data, where, bytes.fromhex(name.removeprefix(PREFIX)))
+        except ValueError as error:
+            raise DamagedError(f"{where} is no name of a session; remove it") from error
+        envelope.expect(kind, Kind.SESSION, where)
+        found.append(envelope.from_json(body, Session, where))
+    return found
+
+
+def withdraw(store: Store, session: Session) -> None:
+    """Remove the own session; one that others have ended already is fine."""
+    abandon(session)
+    with contextlib.suppress(NotFoundError):
+        store.delete(session.name)
+
+
+def abandon(session: Session) -> None:
+    """Leave the own session behind as that of a dead process: the next writer takes up what it stored."""
+    _own.discard(session.id)
+
+
+def end(store: Store, session: Session) -> None:
+    """End a session of somebody else: fence its commit, then remove it."""
+    if session.manifest is not None:
+        # A name that exists already holds a commit that has happened, or an earlier tombstone: fenced either way.
+        with contextlib.suppress(ExistsError):
+            manifest.write_tombstone(store, session.manifest)
+    withdraw(store, session)
+
+
+def end_dead(store: Store, found: list[Session]) -> list[Session]:
+    """End the sessions of processes that are gone from this host. Returns those that are left."""
+    left = []
+    for session in found:
+        if is_gone(session):
+            end(store, session)
+        else:
+            left.append(session)
+    return left
+
+
+def is_gone(session: Session) -> bool:
+    """Whether the session's process ran on this host, in this boot and process space, and exists no more."""
+    if session.host != socket.gethostname() or session.kernel != _kernel() or not _kernel():
+        return False
+    if session.process == os.getpid():
+        return session.id not in _own
+    return _started(session.process) != session.started
+
+
+def refuse_while_busy(store: Store, own: Session, work: str, url: str) -> None:
+    """BusyError when another session does `work`; the dead ones are ended first."""
+    others = [other for other in sessions(store) if other.id != own.id and other.work == work]
+    busy = end_dead(store, others)
+    if busy:
+        listed = "; ".join(other.describe() for other in busy)
+        raise BusyError(
+            f"{url} is in use: {listed}. Wait for it, or see `snapcore repo sessions {url}` "
+            f"and end one that hangs with `snapcore repo sessions {url} --end {busy[0].id}`"
+        )
+
+
+@cache
+def _kernel() -> str:
+    """The boot of this host and the process-id space; empty where neither can be told."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(process: int) -> int | None:
+    """Start of a process in clock ticks since boot; None when there is no such process."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            # Field 22 of proc(5); the name in field 2 may hold spaces and parentheses.
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])

@@ -1,0 +1,339 @@
+"""Reads everything: each record against its checksums and its id, each tree down to its chunks, each index entry.
+
+What is bad is named with its pack and offset and with the snapshots and byte ranges that it hits, and marked in the
+repository: marked records count as missing, so the next snapshot with the same content stores them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from snapcore import extents
+from snapcore.errors import DamagedError, Error, NotFoundError, ReadError, UnsupportedFormatError
+from snapcore.extents import Extents
+from snapcore.parallel import executor_or_own, in_order
+from snapcore.progress import Meter, ProgressCallback
+from snapcore.repository import damage, envelope, manifest, pack, record, tree
+from snapcore.repository.context import Context
+from snapcore.repository.damage import Bad
+from snapcore.repository.domain import ZERO_ID
+from snapcore.repository.envelope import Kind
+from snapcore.repository.index import Index, Place
+from snapcore.repository.manifest import Manifest
+from snapcore.repository.objects import Objects
+from snapcore.repository.record import RecordKind
+from snapcore.repository.table import Entries, entry_ids, ids_of
+from snapcore.repository.tree import FANOUT, used_slots
+from snapcore.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be.
+
+    Attributes
+    ----------
+    where : str
+        Object (and offset) in the store.
+    what : str
+    """
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What damage means for a snapshot.
+
+    Attributes
+    ----------
+    snapshot, disk : str
+    ranges : int64 array of shape (n, 2)
+        Offset and length of what cannot be restored.
+    """
+
+    snapshot: str
+    disk: str
+    ranges: Extents
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a verification found.
+
+    Attributes
+    ----------
+    snapshots, packs, records : int
+        How many were read.
+    plain_bytes, stored_bytes : int
+        Of the records: after decoding, and as stored.
+    problems : list of Problem
+        Empty when all is well.
+    hits : list of Hit
+        Snapshots that cannot be restored whole.
+    marked : int
+        Records that are now marked to be stored again.
+    duration_s : float
+    """
+
+    snapshots: int
+    packs: int
+    records: int
+    plain_bytes: int
+    stored_bytes: int
+    problems: list[Problem]
+    hits: list[Hit]
+    marked: int
+    duration_s: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems and not self.hits
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A pack to check, and the index entries that say what lies in it."""
+
+    pack_id: bytes
+    size_bytes: int | None
+    entries: list[Entries]
+
+
+@dataclass(slots=True)
+class _Report:
+    """What became of one pack."""
+
+    size_bytes: int = 0
+    records: int = 0
+    plain_bytes: int = 0
+    bad: list[Bad] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def verify(
+    context: Context, progress: ProgressCallback | None = None, executor: Executor | None = None
+) -> Verified:
+    """Read and check everything; see `Repository.verify`."""
+    started = time.monotonic()
+    problems: list[Problem] = []
+    snapshots = _snapshots(context, problems)
+    # Marks of an earlier verify are left out here: a record that reads well again counts as good again.
+    known = Index.load(context.store, damaged=lambda name, error: problems.append(Problem(name, str(error))))
+    objects = Objects(context.store, known, context.domain, context.config.chunk_bytes)
+    tasks = _tasks(context, known)
+    meter = Meter(progress, "verify", sum(task.size_bytes or 0 for task in tasks))
+    reports = []
+    with executor_or_own(executor) as hands:
+        for report in in_order(hands, _CheckPack(context.store, objects), tasks):
+            meter.advance(report.size_bytes)
+            reports.append(report)
+            problems += report.problems
+    bad = [row for report in reports for row in report.bad]
+    marked = _mark(context, bad, problems)
+    rest = Objects(
+        context.store,
+        Index.load(context.store, damage.places(bad), damaged=lambda *_: None),
+        context.domain,
+        context.config.chunk_bytes,
+    )
+    hits = list(_hits(snapshots, rest))
+    return Verified(
+        len(snapshots),
+        len(tasks),
+        sum(report.records for report in reports),
+        sum(report.plain_bytes for report in reports),
+        sum(report.size_bytes for report in reports),
+        problems,
+        hits,
+        marked,
+        time.monotonic() - started,
+    )
+
+
+def _snapshots(context: Context, problems: list[Problem]) -> list[Manifest]:
+    """All manifests that can be read."""
+    found = []
+    for name, _ in list(context.store.list(manifest.PREFIX)):
+        try:
+            read = manifest.read(context.store, name, context.domain)
+        except (DamagedError, UnsupportedFormatError, ReadError, ValueError) as error:
+            problems.append(Problem(name, f"this snapshot is lost: {error}"))
+        else:
+            if read is not None:
+                found.append(read)
+    return found
+
+
+def _tasks(context: Context, known: Index) -> list[_Task]:
+    """Every pack that the store holds or an index object names."""
+    entries: dict[bytes, list[Entries]] = {}
+    for contents in known.tables():
+        rows = contents.entries[np.argsort(contents.entries["pack"], kind="stable")]
+        borders = np.searchsorted(rows["pack"], np.arange(len(contents.packs) + 1))
+        for number, pack_id in enumerate(contents.packs):
+            entries.setdefault(pack_id, []).append(rows[borders[number] : borders[number + 1]])
+    sizes = {bytes.fromhex(name.removeprefix("packs/")): size for name, size in context.store.list("packs/")}
+    return [
+        _Task(pack_id, sizes.get(pack_id), entries.get(pack_id, [])) for pack_id in sorted(sizes | entries)
+    ]
+
+
+class _CheckPack:
+    """The work on one pack; safe on many threads at once. The bases of patches are read from their own packs."""
+
+    def __init__(self, store: Store, objects: Objects) -> None:
+        self._store = store
+        self._objects = objects
+
+    def __call__(self, task: _Task) -> _Report:
+        name = pack.name(task.pack_id)
+        report = _Report(size_bytes=task.size_bytes or 0)
+        right: set[tuple[int, bytes]] = set()
+        try:
+            if task.size_bytes is None:
+                raise NotFoundError(f"the pack {name} is gone")
+            data = self._store.get(name, pack.PACK_LIMIT_BYTES)
+        except (NotFoundError, ReadError, DamagedError) as error:
+            report.problems.append(Problem(name, str(error)))
+            right = self._one_by_one(task, report) if isinstance(error, ReadError) else right
+        else:
+            self._check_frame(data, task.pack_id, report)
+            self._check_records(data, name, report, right)
+        for entries in task.entries:
+            self._compare(entries, task.pack_id, right, report)
+        return report
+
+    def _check_frame(self, data: bytes, pack_id: bytes, report: _Report) -> None:
+        name = pack.name(pack_id)
+        try:
+            kind, _, body_bytes = envelope.check_header(data, name, pack_id)
+            envelope.expect(kind, Kind.PACK, name)
+            if body_bytes:
+                raise DamagedError(f"{name}: its header gives a length of {body_bytes} bytes")
+            pack.read_directory(_InMemory(data), pack_id, len(data))
+        except (DamagedError, UnsupportedFormatError) as error:
+            report.problems.append(Problem(name, str(error)))
+
+    def _check_records(self, data: bytes, name: str, report: _Report, right: set[tuple[int, bytes]]) -> None:
+        for found in pack.records(data, name):
+            where = f"{name} at {found.offset_bytes}"
+            head = found.header
+            if head is None:
+                report.problems.append(Problem(where, found.problem or "unreadable"))
+            elif head.kind != RecordKind.DIRECTORY:
+                try:
+                    self._objects.checked(head.kind, head, found.payload, where)
+                except DamagedError as error:
+                    report.problems.append(Problem(where, str(error)))
+                else:
+                    right.add((found.offset_bytes, head.id))
+                    report.records += 1
+                    if head.kind == RecordKind.CHUNK:
+                        report.plain_bytes += self._objects.chunk_bytes
+
+    def _one_by_one(self, task: _Task, report: _Report) -> set[tuple[int, bytes]]:
+        """What can still be read of a pack on a failing medium."""
+        right = set()
+        for entries in task.entries:
+            for object_id, entry in zip(entry_ids(entries), entries, strict=True):
+                try:
+                    raw = self._store.get_range(pack.name(task.pack_id), int(entry["offset"]), int(entry["stored"]))
+                    where = f"{pack.name(task.pack_id)} at {entry['offset']}"
+                    head = record.parse_header(raw, where)
+                    self._objects.checked(head.kind, head, raw[record.HEADER_BYTES :], where)
+                except (DamagedError, ReadError):
+                    continue
+                right.add((int(entry["offset"]), object_id.tobytes()))
+                report.records += 1
+        return right
+
+    @staticmethod
+    def _compare(entries: Entries, pack_id: bytes, right: set[tuple[int, bytes]], report: _Report) -> None:
+        """Index entries that lead to no good record are bad."""
+        offsets = entries["offset"].tolist()
+        for object_id, offset in zip(entry_ids(entries), offsets, strict=True):
+            if (offset, object_id.tobytes()) not in right:
+                where = f"{pack.name(pack_id)} at {offset}"
+                report.bad.append(Bad(pack=pack_id.hex(), offset=offset, id=object_id.tobytes().hex()))
+                report.problems.append(Problem(where, f"no readable record of {object_id.tobytes().hex()}"))
+
+
+class _InMemory:
+    """The bytes of one object as a store."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def get(self, name: str, limit_bytes: int) -> bytes:
+        del name, limit_bytes
+        return self._data
+
+    def get_range(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        if offset_bytes + length_bytes > len(self._data):
+            raise DamagedError(f"{name} ends at byte {len(self._data)}")
+        return self._data[offset_bytes : offset_bytes + length_bytes]
+
+    def size(self, name: str) -> int:
+        del name
+        return len(self._data)
+
+
+def _mark(context: Context, bad: list[Bad], problems: list[Problem]) -> int:
+    """Mark what is bad so that it is stored again. A repository that cannot be written is only reported."""
+    try:
+        if bad or next(iter(context.store.list(damage.PREFIX)), None) is not None:
+            damage.replace(context.store, bad)
+    except Error as error:
+        problems.append(Problem(damage.PREFIX, f"what is damaged could not be marked: {error}"))
+        return 0
+    return len(bad)
+
+
+def _hits(snapshots: list[Manifest], objects: Objects) -> Iterator[Hit]:
+    """Snapshots that need something that is missing, with the byte ranges; shared subtrees are looked at once."""
+    seen: dict[bytes, tuple[tuple[int, int], ...]] = {}
+
+    def lost(node_id: bytes, level: int) -> tuple[tuple[int, int], ...]:
+        if node_id in seen:
+            return seen[node_id]
+        try:
+            node = tree.opened(node_id, objects.node)
+        except DamagedError:
+            rows: list[tuple[int, int]] = [(0, FANOUT**level)]
+        else:
+            slots = used_slots(node)
+            if level == 1:
+                ids = ids_of(node[slots].tobytes())
+                places = objects.index.find_many(ids)
+                rows = [
+                    (int(slot), 1) for slot, place in zip(slots, places, strict=True) if not _whole(place, objects.index)
+                ]
+            else:
+                width = FANOUT ** (level - 1)
+                rows = [
+                    (int(slot) * width + first, count)
+                    for slot in slots
+                    for first, count in lost(node[slot].tobytes(), level - 1)
+                ]
+        seen[node_id] = tuple(rows)
+        return seen[node_id]
+
+    for snapshot in snapshots:
+        if snapshot.tree.id == ZERO_ID:
+            continue
+        rows = extents.from_pairs(lost(snapshot.tree.id, snapshot.levels)) * snapshot.chunk_bytes
+        if len(rows):
+            yield Hit(snapshot.id, snapshot.disk, extents.clipped(rows, 0, snapshot.size_bytes))
+
+
+def _whole(place: Place | None, known: Index) -> bool:
+    """Whether a chunk, and the base of its patch, are where they should be."""
+    return place is not None and (place.base is None or known.find(place.base) is not None)

@@ -1,0 +1,206 @@
+"""Raw image files and block devices as sources.
+
+Bytes are read with preadv into memory of our own and never through a mapping: a file that is truncated under a
+mapping kills the process, populated or not, and pread is the faster one besides (compare of two cached images, two
+threads, 1-MiB windows, 2-core EPYC: 14.0 GB/s against 9.4 GB/s mapped and populated, 8.7 against 6.5 with one).
+
+On a file system with reflinks the snapshot is read from a private clone, so the file may be written meanwhile.
+Elsewhere a change is noticed by size, modification and status-change time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from snapcore import extents
+from snapcore.errors import BusyError, NotFoundError, ReadError, SourceChangedError, UsageError, from_os_error
+from snapcore.extents import Extents
+from snapcore.source import device
+
+_FICLONE = 0x40049409
+# The kernel stamps files with a clock that ticks every 1 to 10 ms: a change within the tick of the last one
+# leaves the same stamp, so a file is only trusted once its stamp is older than that.
+_STAMP_TICK_S = 0.02
+
+
+class RawSource:
+    """An open raw image or block device.
+
+    Parameters
+    ----------
+    path : str
+    descriptor : int
+        Open for reading; owned from now on.
+    private : bool
+        Nobody else can write to what the descriptor reads.
+    """
+
+    def __init__(self, path: str, descriptor: int, *, private: bool = False) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._private = private
+        self._device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
+        self._size_bytes = device.size_bytes(descriptor)
+        self._stamp = self._current_stamp()
+
+    @property
+    def name(self) -> str:
+        """Path of the image."""
+        return self._path
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the image or device."""
+        return self._size_bytes
+
+    def data_extents(self) -> Extents:
+        """What is no hole, by SEEK_DATA and SEEK_HOLE; all of it where the file system does not say."""
+        if self._device or self._size_bytes == 0:
+            return extents.from_pairs([(0, self._size_bytes)])
+        return file_data_extents(self._descriptor, self._size_bytes)
+
+    def read_into(self, target: memoryview, offset_bytes: int) -> None:
+        """Fill `target` from the image; see `Source.read_into`."""
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self._descriptor, [target[done:]], offset_bytes + done)
+            except OSError as error:
+                code = error.errno or errno.EIO
+                reason = error.strerror or str(error)
+                raise ReadError(self._path, offset_bytes + done, len(target) - done, code, reason) from error
+            if count == 0:
+                raise SourceChangedError(
+                    f"{self._path} ends at byte {offset_bytes + done} and had {self._size_bytes} bytes when it was "
+                    "opened: it was truncated meanwhile; take the snapshot again when nobody writes to it"
+                )
+            done += count
+
+    def check_unchanged(self) -> None:
+        """SourceChangedError when size or times are not what they were; a private clone never changes."""
+        if self._private:
+            return
+        now = self._current_stamp()
+        if now != self._stamp:
+            what = "size" if now[0] != self._stamp[0] else "content"
+            raise SourceChangedError(
+                f"the {what} of {self._path} changed while it was read, so no instant of it was captured; "
+                "stop its writer, put it on a file system with reflinks (xfs, btrfs), or accept a mixture with "
+                "--allow-changing"
+            )
+
+    def _current_stamp(self) -> tuple[int, int, int]:
+        status = os.fstat(self._descriptor)
+        if self._device:
+            return (device.size_bytes(self._descriptor), 0, 0)
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def close(self) -> None:
+        """Let go of the image."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def file_data_extents(descriptor: int, size_bytes: int) -> Extents:
+    """What of a file is no hole."""
+    rows = []
+    at = 0
+    while at < size_bytes:
+        try:
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+            at = min(os.lseek(descriptor, start, os.SEEK_HOLE), size_bytes)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return extents.from_pairs([(0, size_bytes)])
+            raise
+        rows.append((start, at - start))
+    return extents.from_pairs([row for row in rows if row[1] > 0])
+
+
+@contextmanager
+def open_source(path: str, *, allow_changing: bool = False) -> Iterator[RawSource]:
+    """Open a raw image or block device as it is at this instant.
+
+    Parameters
+    ----------
+    path : str
+    allow_changing : bool
+        Do not mind a file that is written meanwhile, or a device that is mounted for writing.
+
+    Raises
+    ------
+    NotFoundError, BusyError, UsageError, StoreError
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no image {path}") from error
+    except OSError as error:
+        raise from_os_error(error, f"opening {path}") from error
+    source = None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise UsageError(f"{path} is neither a file nor a block device")
+        private = False
+        if stat.S_ISREG(mode):
+            clone = _clone(path, descriptor)
+            if clone is not None:
+                os.close(descriptor)
+                descriptor, private = clone, True
+            elif not allow_changing:
+                _wait_for_old_stamp(descriptor)
+        elif not allow_changing and (holder := device.holder(descriptor, writing=True)):
+            raise BusyError(
+                f"{path} is in use for writing by {holder}: unmount it, or accept a mixture with --allow-changing"
+            )
+        source = _Changing(path, descriptor) if allow_changing else RawSource(path, descriptor, private=private)
+        descriptor = -1
+        yield source
+    finally:
+        if source is not None:
+            source.close()
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class _Changing(RawSource):
+    """A source whose user accepts that it is written meanwhile."""
+
+    def check_unchanged(self) -> None:
+        return
+
+
+def _clone(path: str, descriptor: int) -> int | None:
+    """A nameless reflink clone beside the file, or None where the file system or the folder has none for us."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    folder = os.path.dirname(os.path.realpath(path))
+    clone = -1
+    try:
+        clone = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.ioctl(clone, _FICLONE, descriptor)
+    except OSError:
+        if clone >= 0:
+            with contextlib.suppress(OSError):
+                os.close(clone)
+        return None
+    return clone
+
+
+def _wait_for_old_stamp(descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if abs(time.time() - max(status.st_mtime, status.st_ctime)) < _STAMP_TICK_S:
+        time.sleep(_STAMP_TICK_S)

@@ -1,0 +1,279 @@
+"""Raw image files and block devices as targets of a restore.
+
+| the target is | written | done when |
+| --- | --- | --- |
+| a new file | under the name `TARGET.snapcore-partial`; a restore that was interrupted goes on with that file | synced, then linked to its name |
+| an existing file or device (`in_place`) | where it stands, only what differs | synced |
+
+Whoever restores holds a lock on the file, so two restores of one target do not mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+from snapcore import extents, scan
+from snapcore.errors import (
+    BusyError,
+    Error,
+    ExistsError,
+    NotFoundError,
+    ReadError,
+    RefusedError,
+    UsageError,
+    from_os_error,
+)
+from snapcore.extents import Extents
+from snapcore.persist import Medium
+from snapcore.source import device
+from snapcore.source.raw import file_data_extents
+
+PAGE_BYTES = 4096
+PARTIAL = ".snapcore-partial"
+# Writeback starts while the rest is still being decoded: the final sync then has little left to do.
+_SYNC_EVERY_BYTES = 128 << 20
+
+
+class RawTarget:
+    """An open target.
+
+    Attributes
+    ----------
+    fresh : bool
+        Everything in it reads as zeros still.
+    written_bytes : int
+        Bytes written or punched so far.
+    """
+
+    def __init__(self, path: str, descriptor: int, size_bytes: int, *, fresh: bool, medium: Medium) -> None:
+        self.path = path
+        self.fresh = fresh
+        self.written_bytes = 0
+        self._descriptor = descriptor
+        self._size_bytes = size_bytes
+        self._device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
+        self._medium = medium
+        self._lock = threading.Lock()
+        self._unsynced_bytes = 0
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="snapcore-sync")
+        self._syncing: Future[None] | None = None
+
+    def data_extents(self) -> Extents:
+        """What of the target may be other than zero."""
+        if self._device:
+            return extents.from_pairs([(0, self._size_bytes)])
+        return file_data_extents(self._descriptor, self._size_bytes)
+
+    def read_into(self, target: memoryview, offset_bytes: int) -> None:
+        """Fill `target` with what stands there now."""
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self._descriptor, [target[done:]], offset_bytes + done)
+            except OSError as error:
+                code = error.errno or errno.EIO
+                reason = error.strerror or str(error)
+                raise ReadError(self.path, offset_bytes + done, len(target) - done, code, reason) from error
+            if count == 0:
+                raise BusyError(f"{self.path} was truncated by somebody else during the restore; start it again")
+            done += count
+
+    def write_data(self, data: memoryview, offset_bytes: int) -> None:
+        """Write the pages of `data` that are not zero; the others must be zero already."""
+        for start, length in scan.nonzero_extents(data, PAGE_BYTES).tolist():
+            self._write(data[start : start + length], offset_bytes + start)
+
+    def write_change(self, old: memoryview, new: memoryview, offset_bytes: int) -> None:
+        """Write the pages in which `new` differs from `old`, which is what stands there; zeros become holes."""
+        for start, length in scan.differing_extents(old, new, PAGE_BYTES).tolist():
+            part = new[start : start + length]
+            for zero_start, zero_length in scan.zero_extents(part, PAGE_BYTES).tolist():
+                self._punch(offset_bytes + start + zero_start, zero_length)
+            self.write_data(part, offset_bytes + start)
+
+    def _write(self, data: memoryview, offset_bytes: int) -> None:
+        try:
+            self._medium.write_at(self._descriptor, [data], offset_bytes)
+        except OSError as error:
+            raise from_os_error(error, f"writing {self.path} at offset {offset_bytes}") from error
+        self._count(len(data))
+
+    def _punch(self, offset_bytes: int, length_bytes: int) -> None:
+        try:
+            if not self._medium.punch(self._descriptor, offset_bytes, length_bytes):
+                self._medium.write_at(self._descriptor, [bytes(length_bytes)], offset_bytes)
+        except OSError as error:
+            raise from_os_error(error, f"clearing {self.path} at offset {offset_bytes}") from error
+        self._count(length_bytes)
+
+    def _count(self, count_bytes: int) -> None:
+        with self._lock:
+            self.written_bytes += count_bytes
+            self._unsynced_bytes += count_bytes
+            if self._unsynced_bytes < _SYNC_EVERY_BYTES:
+                return
+            if self._syncing is not None:
+                if not self._syncing.done():
+                    return
+                syncing, self._syncing = self._syncing, None
+                self._check_sync(syncing)
+            self._unsynced_bytes = 0
+            self._syncing = self._executor.submit(self._medium.sync, self._descriptor)
+
+    def _check_sync(self, syncing: Future[None]) -> None:
+        try:
+            syncing.result()
+        except OSError as error:
+            raise from_os_error(error, f"syncing {self.path}; restore it anew") from error
+
+    def sync(self) -> None:
+        """Everything written is durable; after a failure the target is not to be believed."""
+        if self._syncing is not None:
+            self._check_sync(self._syncing)
+        self._check_sync(self._executor.submit(self._medium.sync, self._descriptor))
+
+    def close(self) -> None:
+        """Let go of the target."""
+        self._executor.shutdown()
+        os.close(self._descriptor)
+
+
+@contextmanager
+def open_target(
+    path: str, size_bytes: int, *, in_place: bool, forbidden_folder: str | None = None, medium: Medium | None = None
+) -> Iterator[RawTarget]:
+    """Open a target for a disk of `size_bytes`; when the block ends well, it is synced and has its name.
+
+    Parameters
+    ----------
+    path : str
+    size_bytes : int
+        A file becomes exactly this long; a device must be at least this long.
+    in_place : bool
+        Write into what exists; otherwise the name must be free.
+    forbidden_folder : str, optional
+        A repository on this host, nothing in which may be overwritten.
+
+    Raises
+    ------
+    ExistsError, NotFoundError, BusyError, RefusedError, UsageError, OutOfSpaceError, StoreError
+    """
+    medium = medium or Medium()
+    _refuse_repository(path, forbidden_folder)
+    if in_place:
+        working, flags = path, os.O_RDWR
+    else:
+        if os.path.lexists(path):
+            raise ExistsError(
+                f"{path} exists already; restore to another name, or write what differs into it with --in-place"
+            )
+        working, flags = path + PARTIAL, os.O_RDWR | os.O_CREAT
+    with _opened(working, flags) as descriptor:
+        fresh = _prepare(working, descriptor, size_bytes, medium)
+        target = RawTarget(working, descriptor, size_bytes, fresh=fresh, medium=medium)
+        try:
+            yield target
+            target.sync()
+        finally:
+            target.close()
+        if not in_place:
+            _publish(working, path, medium)
+
+
+@contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    """Descriptor of a locked target. RawTarget works on a duplicate, so that the lock outlives it."""
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no {path} to restore into") from error
+    except OSError as error:
+        raise from_os_error(error, f"opening {path}") from error
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise UsageError(f"{path} is neither a file nor a block device")
+        if stat.S_ISBLK(mode):
+            _refuse_device_in_use(path, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(f"another process holds {path}; wait for it or choose another target") from error
+        yield os.dup(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prepare(path: str, descriptor: int, size_bytes: int, medium: Medium) -> bool:
+    """Give the target its size. Returns whether all of it reads as zeros."""
+    try:
+        if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+            found_bytes = device.size_bytes(descriptor)
+            if found_bytes < size_bytes:
+                raise UsageError(f"{path} has {found_bytes} bytes and the disk {size_bytes}; take a larger device")
+            return False
+        if os.fstat(descriptor).st_size != size_bytes:
+            medium.truncate(descriptor, size_bytes)
+        return len(file_data_extents(descriptor, size_bytes)) == 0
+    except OSError as error:
+        os.close(descriptor)
+        raise from_os_error(error, f"preparing {path}") from error
+    except Error:
+        os.close(descriptor)
+        raise
+
+
+def _publish(working: str, path: str, medium: Medium) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        medium.link(working, path)
+        medium.unlink(working)
+        medium.sync_folder(folder)
+    except FileExistsError as error:
+        raise ExistsError(f"{path} came into being during the restore; the restored disk is in {working}") from error
+    except OSError as error:
+        raise from_os_error(error, f"naming {working} {path}") from error
+
+
+def _refuse_repository(path: str, folder: str | None) -> None:
+    if folder is None:
+        return
+    target, inside = os.path.realpath(path), os.path.realpath(folder)
+    if target == inside or target.startswith(inside + os.sep):
+        raise RefusedError(f"{path} lies in the repository {folder}; restore to another place")
+    with contextlib.suppress(OSError):
+        mine = os.stat(target)
+        # A second name of an object of the repository.
+        if stat.S_ISREG(mine.st_mode) and mine.st_nlink > 1 and _linked_within(inside, mine):
+            raise RefusedError(f"{path} is a file of the repository {folder}; restore to another place")
+
+
+def _linked_within(folder: str, status: os.stat_result) -> bool:
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            if _linked_within(entry.path, status):
+                return True
+        elif entry.inode() == status.st_ino and os.path.samestat(entry.stat(), status):
+            return True
+    return False
+
+
+def _refuse_device_in_use(path: str, descriptor: int) -> None:
+    found = device.holder(descriptor, writing=False)
+    if found:
+        raise BusyError(f"{path} is held by {found}; release it, nothing was written")
+    try:
+        # O_EXCL on a block device asks the kernel whether anybody else holds it: mounts, swap, RAID, mappers.
+        os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError(f"{path} is in use by the system; release it, nothing was written") from error
+        raise from_os_error(error, f"opening {path}") from error

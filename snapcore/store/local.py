@@ -1,0 +1,201 @@
+"""A store in a local folder, durable by its own hand.
+
+An object is written to `tmp/`, synced, linked to its name (link fails when the name exists: that is the
+create-if-absent) and the folder is synced; then the temporary name goes. A crash leaves at the most a file
+in `tmp/`, which `sweep` removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from snapcore.errors import DamagedError, ExistsError, NotFoundError, ReadError, UsageError, from_os_error
+from snapcore.persist import Buffer, Medium
+
+_NAME = re.compile(r"[a-z0-9-]+(/[a-z0-9-]+)*")
+_OPEN_FILES = 64
+_TEMPORARY = "tmp"
+
+
+def checked_name(name: str) -> str:
+    """The name, when it is one; else UsageError. Shared by all stores."""
+    if not _NAME.fullmatch(name) or name.startswith(_TEMPORARY + "/"):
+        raise UsageError(f"{name!r} is no object name: parts of a-z, 0-9 and '-' joined by '/'")
+    return name
+
+
+class LocalStore:
+    """Objects as files under a folder, which is made when it is not there."""
+
+    def __init__(self, folder: str, medium: Medium | None = None) -> None:
+        self.folder = os.path.abspath(folder)
+        self._medium = medium or Medium()
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return self.folder
+
+    def get(self, name: str, limit_bytes: int) -> bytes:
+        file = self._file(name)
+        if file.size_bytes > limit_bytes:
+            raise DamagedError(
+                f"{self._path(name)} has {file.size_bytes} bytes where {limit_bytes} are the most; "
+                "remove it or restore it from another copy of the repository"
+            )
+        return file.read(0, file.size_bytes)
+
+    def get_range(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        return self._file(name).read(offset_bytes, length_bytes)
+
+    def size(self, name: str) -> int:
+        return self._file(name).size_bytes
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        if prefix:
+            checked_name(prefix.removesuffix("/"))
+        yield from self._walk(prefix)
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, int]]:
+        try:
+            with os.scandir(os.path.join(self.folder, prefix)) as entries:
+                found = sorted(entries, key=lambda entry: entry.name + "/" * entry.is_dir())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise from_os_error(error, f"listing {os.path.join(self.folder, prefix)}") from error
+        for entry in found:
+            if prefix == "" and entry.name == _TEMPORARY:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(f"{prefix}{entry.name}/")
+            elif entry.is_file(follow_symlinks=False) and _NAME.fullmatch(entry.name):
+                try:
+                    yield prefix + entry.name, entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:
+                    continue
+
+    def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
+        path = self._path(name)
+        temporary = os.path.join(self.folder, _TEMPORARY, secrets.token_hex(16))
+        try:
+            self._make_folders(os.path.dirname(path))
+            self._make_folders(os.path.dirname(temporary))
+            descriptor = self._medium.create(temporary)
+            try:
+                try:
+                    size_bytes = self._medium.write_at(descriptor, buffers, 0)
+                    self._medium.sync(descriptor)
+                finally:
+                    self._medium.close(descriptor)
+                self._medium.link(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    self._medium.unlink(temporary)
+            self._medium.sync_folder(os.path.dirname(path))
+        except FileExistsError as error:
+            raise ExistsError(f"{path} exists already") from error
+        except OSError as error:
+            raise from_os_error(error, f"writing {path}") from error
+        return size_bytes
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        try:
+            self._medium.unlink(path)
+            self._medium.sync_folder(os.path.dirname(path))
+        except OSError as error:
+            raise from_os_error(error, f"removing {path}") from error
+        finally:
+            with self._lock:
+                self._open.pop(name, None)
+
+    def sweep(self) -> int:
+        """Remove what crashes left in `tmp/`; only while nobody writes. Returns the bytes freed."""
+        folder = os.path.join(self.folder, _TEMPORARY)
+        freed_bytes = 0
+        try:
+            for entry in list(os.scandir(folder)):
+                freed_bytes += entry.stat(follow_symlinks=False).st_size
+                self._medium.unlink(entry.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise from_os_error(error, f"removing temporary files in {folder}") from error
+        return freed_bytes
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, checked_name(name))
+
+    def _make_folders(self, path: str) -> None:
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        self._make_folders(parent)
+        self._medium.make_folder(path)
+        self._medium.sync_folder(parent)
+
+    def _file(self, name: str) -> _OpenFile:
+        """The open file; objects are immutable, so descriptors are kept for the next read."""
+        with self._lock:
+            file = self._open.get(name)
+            if file is not None:
+                self._open.move_to_end(name)
+                return file
+        file = _OpenFile(self._path(name))
+        with self._lock:
+            self._open[name] = file
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        return file
+
+
+class _OpenFile:
+    """A descriptor that closes when the last reader lets go of it."""
+
+    __slots__ = ("descriptor", "path", "size_bytes")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size_bytes = os.fstat(self.descriptor).st_size
+        except FileNotFoundError as error:
+            raise NotFoundError(f"there is no {path}") from error
+        except OSError as error:
+            raise from_os_error(error, f"opening {path}") from error
+
+    def read(self, offset_bytes: int, length_bytes: int) -> bytes:
+        if offset_bytes < 0 or length_bytes < 0:
+            raise UsageError(f"offset {offset_bytes} or length {length_bytes} is negative")
+        parts = []
+        while length_bytes:
+            try:
+                # One read moves at most 2 GiB; a short one before the end of the file is gone on with.
+                part = os.pread(self.descriptor, min(length_bytes, 1 << 30), offset_bytes)
+            except OSError as error:
+                code = error.errno or errno.EIO
+                reason = error.strerror or str(error)
+                raise ReadError(self.path, offset_bytes, length_bytes, code, reason) from error
+            if not part:
+                raise DamagedError(
+                    f"{self.path} ends at byte {offset_bytes}, {length_bytes} more were expected; "
+                    "run `snapcore verify` on the repository"
+                )
+            parts.append(part)
+            offset_bytes += len(part)
+            length_bytes -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)

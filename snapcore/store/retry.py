@@ -1,0 +1,76 @@
+"""A store that tries again: for stores behind a network. Wraps any store and keeps its contract.
+
+Only errors of the store itself are tried again (StoreError and ReadError), with random waits that grow, within one
+time budget for the whole call. NotFoundError, ExistsError, OutOfSpaceError and DamagedError are answers
+and not faults. A creation whose answer was lost may have succeeded: when the name is taken after a failed try, the
+object is compared with what was to be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import tenacity
+
+from snapcore.errors import ExistsError, ReadError, StoreError
+from snapcore.persist import Buffer
+from snapcore.store.interface import Store
+
+Answer = TypeVar("Answer")
+
+
+class RetryStore:
+    """The store inside, asked again until it answers or `budget_s` seconds are over."""
+
+    def __init__(self, store: Store, budget_s: float = 60.0, first_wait_s: float = 0.1) -> None:
+        self._store = store
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type((StoreError, ReadError)),
+            stop=tenacity.stop_after_delay(budget_s),
+            wait=tenacity.wait_random_exponential(multiplier=first_wait_s, max=10.0),
+            reraise=True,
+        )
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        return self._retrying.copy()(question)
+
+    def get(self, name: str, limit_bytes: int) -> bytes:
+        return self._ask(lambda: self._store.get(name, limit_bytes))
+
+    def get_range(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        return self._ask(lambda: self._store.get_range(name, offset_bytes, length_bytes))
+
+    def size(self, name: str) -> int:
+        return self._ask(lambda: self._store.size(name))
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        yield from self._ask(lambda: list(self._store.list(prefix)))
+
+    def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
+        failed_before = False
+
+        def create() -> int:
+            nonlocal failed_before
+            try:
+                return self._store.put_new(name, buffers)
+            except ExistsError:
+                wanted = b"".join(buffers)
+                if failed_before and self._store.get(name, len(wanted)) == wanted:
+                    return len(wanted)
+                raise
+            except StoreError:
+                failed_before = True
+                raise
+
+        return self._ask(create)
+
+    def delete(self, name: str) -> None:
+        self._ask(lambda: self._store.delete(name))
+
+    def sweep(self) -> int:
+        return self._ask(self._store.sweep)
