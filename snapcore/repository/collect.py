@@ -25,8 +25,11 @@ from snapcore.repository.pack import PackBuilder
 from snapcore.repository.record import Record, RecordKind
 from snapcore.repository.table import NO_BASE, Table
 
-# A pack is written anew when less than this share of its bytes is reachable.
-_LIVE_SHARE = 0.5
+# A pack is written anew when most of it is dead. Others follow, the deadest first, while over a twentieth of the
+# repository is dead, or as long as little has been moved: so small repositories end exact and large ones are spared.
+_DEAD_SHARE = 0.5
+_WASTE_SHARE = 0.05
+_CHEAP_BYTES = 64 << 20
 # Packs below this size are joined once they fill a whole one: each is a request for who reads, and an object to pay for.
 _SMALL_BYTES = pack.PACK_BYTES // 4
 # More index objects than this are joined even when nothing is removed.
@@ -100,9 +103,9 @@ class _Collection:
 
     def run(self, progress: ProgressCallback | None) -> Collected:
         """Steps 4 to 7 of the write order."""
-        live = self._live_bytes()
-        dead = {pack_id for pack_id in self._sizes if live.get(pack_id, 0) == 0}
-        moved_from = self._to_rewrite(live, dead)
+        live, garbage = self._record_bytes()
+        dead = {pack_id for pack_id in self._sizes if live[pack_id] == 0}
+        moved_from = self._to_rewrite(live, garbage)
         meter = Meter(progress, "collect", sum(live[pack_id] for pack_id in moved_from))
         moved = self._rewrite(moved_from, meter)
         if dead or moved_from or self._adopted or len(self._old_index) > _INDEX_OBJECTS:
@@ -122,28 +125,31 @@ class _Collection:
             yield contents, self._reached[start : start + len(contents.entries)]
             start += len(contents.entries)
 
-    def _live_bytes(self) -> dict[bytes, int]:
-        """Reachable bytes of each pack that has any."""
-        live: dict[bytes, int] = {}
+    def _record_bytes(self) -> tuple[dict[bytes, int], dict[bytes, int]]:
+        """Bytes of the records of each pack: reachable ones, and others."""
+        live = dict.fromkeys(self._sizes, 0)
+        dead = dict.fromkeys(self._sizes, 0)
         for contents, reached in self._parts():
-            rows = contents.entries[reached]
-            sums = np.bincount(rows["pack"], weights=rows["stored"], minlength=len(contents.packs))
-            for pack_id, stored in zip(contents.packs, sums.tolist(), strict=True):
-                if stored:
-                    live[pack_id] = live.get(pack_id, 0) + int(stored)
-        return live
+            for sums, chosen in ((live, reached), (dead, ~reached)):
+                rows = contents.entries[chosen]
+                counts = np.bincount(rows["pack"], weights=rows["stored"], minlength=len(contents.packs))
+                for pack_id, stored in zip(contents.packs, counts.tolist(), strict=True):
+                    sums[pack_id] = sums.get(pack_id, 0) + int(stored)
+        return live, dead
 
-    def _to_rewrite(self, live: dict[bytes, int], dead: set[bytes]) -> set[bytes]:
-        chosen = {
-            pack_id
-            for pack_id, size_bytes in self._sizes.items()
-            if pack_id not in dead and live[pack_id] < size_bytes * _LIVE_SHARE
-        }
-        small = {
-            pack_id for pack_id, size_bytes in self._sizes.items() if pack_id not in dead and size_bytes < _SMALL_BYTES
-        }
-        if sum(live[pack_id] for pack_id in small) >= pack.PACK_BYTES:
-            chosen |= small
+    def _to_rewrite(self, live: dict[bytes, int], dead: dict[bytes, int]) -> set[bytes]:
+        used = [pack_id for pack_id in self._sizes if live[pack_id]]
+        small = {pack_id for pack_id in used if self._sizes[pack_id] < _SMALL_BYTES}
+        chosen = small if sum(live[pack_id] for pack_id in small) >= pack.PACK_BYTES else set()
+        waste = sum(dead[pack_id] for pack_id in used)
+        allowed = _WASTE_SHARE * sum(live.values())
+        moved = 0
+        share = {pack_id: dead[pack_id] / (live[pack_id] + dead[pack_id]) for pack_id in used}
+        for pack_id in sorted((item for item in used if dead[item]), key=lambda item: (-share[item], item)):
+            if share[pack_id] >= _DEAD_SHARE or waste > allowed or moved + live[pack_id] <= _CHEAP_BYTES:
+                chosen.add(pack_id)
+                moved += live[pack_id]
+                waste -= dead[pack_id]
         return chosen
 
     def _rewrite(self, chosen: set[bytes], meter: Meter) -> list[Table]:

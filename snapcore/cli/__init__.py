@@ -1,0 +1,51 @@
+"""The command line: one file a command group, nothing here but the root of the tree and the exit codes.
+
+Exit codes: 0 done, 1 failed (an error of `snapcore.Error`, or damage found), 2 usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from snapcore.cli import demo, diff, repo, restore, snapshot, verify
+from snapcore.errors import Error, UsageError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="snapcore")
+def root() -> None:
+    """Snapshots of disk images: full, then changed blocks only; any can be deleted, any restores the whole disk."""
+
+
+root.add_command(demo.demo)
+root.add_command(repo.repo)
+root.add_command(snapshot.snapshot)
+root.add_command(restore.restore)
+root.add_command(verify.verify)
+root.add_command(diff.diff)
+
+
+def main() -> None:
+    """Run a command; errors go to standard error, a line each."""
+    try:
+        code = root.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("snapcore: interrupted; nothing of it is visible, run it again to go on", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Error as error:
+        click.echo(f"snapcore: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    sys.exit(code if isinstance(code, int) else 0)

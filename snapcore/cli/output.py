@@ -1,0 +1,118 @@
+"""What all commands print with: one JSON object, tables for people, a bar on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+import msgspec
+
+from snapcore.errors import UsageError
+from snapcore.extents import Extents
+from snapcore.progress import Progress, ProgressCallback
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+repository_option = click.option(
+    "-r",
+    "--repo",
+    "place",
+    required=True,
+    envvar="SNAPCORE_REPO",
+    metavar="DIR",
+    help="The repository; SNAPCORE_REPO in the environment stands for it.",
+)
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on standard output."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+
+
+def extents_json(rows: Extents) -> list[list[int]]:
+    """Extents as JSON has them: [[offset, length], …]."""
+    pairs: list[list[int]] = rows.tolist()
+    return pairs
+
+
+def size(count_bytes: int) -> str:
+    """A number of bytes for people, in binary units."""
+    value = float(count_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+class Size(click.ParamType):
+    """A size on the command line: bytes, or with one of the suffixes K, M, G, T (binary)."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The size in bytes."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
+        factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(text[-1:], 1)
+        try:
+            return int(text.rstrip("KMGT")) * factor
+        except ValueError:
+            self.fail(f"{value!r} is no size; give bytes, or 64K, 20G, …", param, ctx)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> None:
+    """Print a table for people; `right` are the columns of numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if number in right else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    # Outside a terminal lines are as long as they need to be, for grep.
+    Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False).print(shown)
+
+
+def read_changed(path: str) -> list[tuple[int, int]]:
+    """Extents from a file: {"extents": [[offset, length], …]} as `diff --json` prints, or the list alone."""
+    try:
+        with click.open_file(path, "rb") as file:
+            found = msgspec.json.decode(file.read())
+        rows = found["extents"] if isinstance(found, dict) else found
+        return msgspec.convert(rows, list[tuple[int, int]])
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (KeyError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise UsageError(f"{path} holds no list of extents [[offset, length], …]: {error}") from error
+
+
+@contextmanager
+def bar() -> Iterator[ProgressCallback | None]:
+    """A progress bar with bytes, rate and time left, on standard error and only on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    with progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as shown:
+        tasks: dict[str, progress.TaskID] = {}
+
+        def update(step: Progress) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = shown.add_task(step.stage, total=step.total_bytes)
+            shown.update(tasks[step.stage], completed=step.done_bytes)
+
+        yield update

@@ -1,0 +1,41 @@
+"""`snapcore restore`: a snapshot back into a file or device."""
+
+from __future__ import annotations
+
+import click
+
+from snapcore.cli import output
+
+
+@click.command()
+@click.argument("snapshot")
+@click.argument("target", type=click.Path())
+@output.repository_option
+@click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
+@click.option("--allow-damaged", is_flag=True, help="Write zeros where the repository is damaged, and list them.")
+@output.json_option
+def restore(snapshot: str, target: str, place: str, in_place: bool, allow_damaged: bool, as_json: bool) -> None:
+    """Write SNAPSHOT to TARGET, a new file, or with --in-place an existing file or block device."""
+    from snapcore.repository import Repository
+
+    found = Repository.open(place)
+    with output.bar() as progress:
+        done = found.restore(
+            snapshot, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress
+        )
+    if as_json:
+        output.print_json(
+            {
+                "snapshot": found.find(snapshot).id,
+                "target": target,
+                "written_bytes": done.written_bytes,
+                "missing": output.extents_json(done.missing),
+                "duration_s": round(done.duration_s, 6),
+            }
+        )
+    else:
+        click.echo(f"restored {target}: {output.size(done.written_bytes)} written in {done.duration_s:.2f} s")
+        for offset, length in done.missing.tolist():
+            click.echo(f"missing: {length} bytes at offset {offset}, zeros stand there")
+    if len(done.missing):
+        click.get_current_context().exit(1)

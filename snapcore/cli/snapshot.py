@@ -1,0 +1,184 @@
+"""`snapcore snapshot`: take, list, compare and delete snapshots."""
+
+from __future__ import annotations
+
+import click
+
+from snapcore.cli import output
+
+
+@click.group()
+def snapshot() -> None:
+    """Take, list, compare and delete snapshots."""
+
+
+@snapshot.command()
+@click.argument("image", type=click.Path())
+@output.repository_option
+@click.option("--disk", required=True, help="Name of the disk; its snapshots make a chain.")
+@click.option("--parent", metavar="ID", help="Compare with this snapshot and not with the disk's newest one.")
+@click.option(
+    "--changed",
+    metavar="FILE",
+    help='All that may differ from the parent, as {"extents": [[offset, length], …]}; "-" reads standard input.',
+)
+@click.option("--paranoid", is_flag=True, help="Compare by content id, not by the fingerprints kept on this host.")
+@click.option("--allow-changing", is_flag=True, help="Accept an image that is written meanwhile.")
+@click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
+@click.option("--name", "label", help="A name to find the snapshot by.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
+@output.json_option
+def create(
+    image: str,
+    place: str,
+    disk: str,
+    parent: str | None,
+    changed: str | None,
+    paranoid: bool,
+    allow_changing: bool,
+    compression: str | None,
+    label: str | None,
+    tags: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed."""
+    from snapcore.repository import Repository
+
+    pairs = [tag.partition("=") for tag in tags]
+    for key, sign, _ in pairs:
+        if not key or not sign:
+            raise click.UsageError(f"a tag has the form KEY=VALUE, not {key!r}")
+    with output.bar() as progress:
+        done = Repository.open(place).snapshot(
+            image,
+            disk=disk,
+            parent=parent,
+            changed=None if changed is None else output.read_changed(changed),
+            paranoid=paranoid,
+            allow_changing=allow_changing,
+            compression=compression,
+            label=label,
+            tags={key: value for key, _, value in pairs},
+            progress=progress,
+        )
+    made = done.snapshot
+    if as_json:
+        output.print_json(
+            {
+                "id": made.id,
+                "disk": made.disk,
+                "name": made.label,
+                "parent": made.parent,
+                "created": made.created,
+                "size_bytes": made.size_bytes,
+                "read_bytes": done.read_bytes,
+                "written_bytes": made.written_bytes,
+                "changed_bytes": made.changed_bytes,
+                "new_bytes": made.new_bytes,
+                "stored_bytes": made.stored_bytes,
+                "fallback_reason": made.fallback_reason,
+                "duration_s": round(done.duration_s, 6),
+            }
+        )
+        return
+    click.echo(f"snapshot {made.id} of {made.disk}")
+    click.echo(
+        f"  read {output.size(done.read_bytes)}, changed {output.size(made.changed_bytes)}, "
+        f"stored {output.size(made.stored_bytes)} in {done.duration_s:.2f} s"
+    )
+    if made.fallback_reason:
+        click.echo(f"  note: {made.fallback_reason}")
+
+
+@snapshot.command("list")
+@output.repository_option
+@click.option("--disk", help="Only those of this disk.")
+@output.json_option
+def list_(place: str, disk: str | None, as_json: bool) -> None:
+    """List snapshots; with --json one object a line."""
+    from snapcore.repository import Repository
+
+    found = Repository.open(place).snapshots(disk)
+    if as_json:
+        for item in found:
+            output.print_json(item)
+        return
+    rows = [
+        [
+            item.id[:12],
+            item.disk,
+            item.label or "",
+            item.created[:19],
+            output.size(item.size_bytes),
+            output.size(item.written_bytes),
+            output.size(item.changed_bytes),
+            output.size(item.stored_bytes),
+        ]
+        for item in found
+    ]
+    headings = ["id", "disk", "name", "created (UTC)", "size", "written", "changed", "stored"]
+    output.table(headings, rows, right=frozenset({4, 5, 6, 7}))
+
+
+@snapshot.command()
+@click.argument("ids", metavar="ID…", nargs=-1, required=True)
+@output.repository_option
+@output.json_option
+def show(ids: tuple[str, ...], place: str, as_json: bool) -> None:
+    """Show snapshots, and what deleting all the given ones would free."""
+    import msgspec
+
+    from snapcore.repository import Repository
+
+    found = Repository.open(place)
+    chosen = [found.find(item) for item in ids]
+    unique = found.unique(chosen)
+    if as_json:
+        facts = msgspec.to_builtins(chosen[0]) if len(chosen) == 1 else {"ids": [item.id for item in chosen]}
+        output.print_json(
+            facts | {"unique_bytes": unique.plain_bytes, "unique_stored_bytes": unique.stored_bytes}
+        )
+        return
+    for item in chosen:
+        for key, value in msgspec.to_builtins(item).items():
+            shown = f"{value} ({output.size(value)})" if key.endswith("_bytes") else value
+            click.echo(f"{key:16} {'-' if shown is None else shown}")
+        click.echo()
+    click.echo(
+        f"deleting {'this' if len(chosen) == 1 else 'these'} frees {output.size(unique.stored_bytes)} "
+        f"({output.size(unique.plain_bytes)} before compression)"
+    )
+
+
+@snapshot.command()
+@click.argument("a")
+@click.argument("b")
+@output.repository_option
+@output.json_option
+def diff(a: str, b: str, place: str, as_json: bool) -> None:
+    """Print where two snapshots differ, in bytes."""
+    from snapcore.repository import Repository
+
+    rows = Repository.open(place).diff(a, b)
+    if as_json:
+        output.print_json({"extents": output.extents_json(rows)})
+        return
+    for offset, length in rows.tolist():
+        click.echo(f"{offset} {length}")
+
+
+@snapshot.command()
+@click.argument("ids", metavar="ID…", nargs=-1, required=True)
+@output.repository_option
+@output.json_option
+def delete(ids: tuple[str, ...], place: str, as_json: bool) -> None:
+    """Delete snapshots, in any order; `snapcore repo collect` frees their space."""
+    from snapcore.repository import Repository
+
+    found = Repository.open(place)
+    for item in ids:
+        gone = found.delete(item)
+        if as_json:
+            output.print_json({"deleted": gone})
+        else:
+            click.echo(f"deleted {gone}")
