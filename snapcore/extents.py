@@ -69,7 +69,9 @@ def aligned(rows: Extents, block_bytes: int, size_bytes: int) -> Extents:
     if len(rows) == 0:
         return empty()
     starts = rows[:, 0] // block_bytes * block_bytes
-    ends = np.minimum(-(-(rows[:, 0] + rows[:, 1]) // block_bytes) * block_bytes, size_bytes)
+    # Cut before rounding up: an end close to 2**63 would wrap around.
+    ends = np.minimum(rows[:, 0] + rows[:, 1], size_bytes)
+    ends = np.minimum(-(-ends // block_bytes) * block_bytes, size_bytes)
     kept = ends > starts
     return merged(np.stack((starts, ends - starts), axis=1)[kept])
 

@@ -36,13 +36,15 @@ def encode(plain: Buffer, compression: str) -> tuple[Codec, Buffer]:
     DamagedError
         The compressed form does not decode to the plain bytes: memory or processor fail.
     """
+    # A copy: the caller may use its memory again before the record is written. (And bytes compare at memcmp's speed,
+    # a memoryview item by item: 63 µs a chunk.)
+    plain = bytes(plain)
     if compression == "none" or len(plain) == 0:
-        return Codec.RAW, bytes(plain)
+        return Codec.RAW, plain
     codec, encoder = _ENCODERS[compression]
     packed = encoder(plain)
     if len(packed) > len(plain) - len(plain) // _GAIN_DIVISOR:
-        # A copy: the caller may use the memory again before the record is written.
-        return Codec.RAW, bytes(plain)
+        return Codec.RAW, plain
     if decode(codec, packed, len(plain)) != plain:
         raise DamagedError("a chunk was not the same after compression; check this machine's memory")
     return codec, packed

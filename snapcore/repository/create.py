@@ -319,8 +319,7 @@ class _Job:
 
     def _apply(self, outcome: Outcome, writer: TreeWriter, totals: _Totals) -> None:
         first = outcome.span.offset_bytes // self._chunk_bytes
-        for item in outcome.records:
-            self._storer.put(item)
+        self._storer.put(outcome.records)
         if outcome.span.hole:
             stop = -(-(outcome.span.offset_bytes + outcome.span.length_bytes) // self._chunk_bytes)
             writer.clear(first, min(stop, FANOUT**writer.levels))

@@ -2,8 +2,12 @@
 
 Small index objects are kept whole, up to `RESIDENT_ENTRIES` entries (64 bytes each); of larger ones only the fences stay
 in memory and a look-up reads the 64 entries behind one. What the own session has stored since its last index
-object is in a dict. Records that a verify marked as damaged are left out, so they count as missing and are stored
-again. Reading is safe from many threads; `add` belongs to one.
+object is in a dict. Reading is safe from many threads; `add` belongs to one.
+
+What cannot be read counts as missing, so that it is stored again: records that a verify marked as damaged, records of packs
+that the store does not list, and patches whose base is nowhere in full. The latter two are no damage: a collection
+keeps packs that hold dead patches, and a writer whose session was ended may write its index object after its
+packs, or the bases of its patches, were collected.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +61,19 @@ class Place(NamedTuple):
     base: bytes | None
 
 
+class _Unreadable:
+    """Places that count as missing: marked ones, and those in packs that are gone."""
+
+    __slots__ = ("gone", "marked")
+
+    def __init__(self, marked: BadPlaces) -> None:
+        self.marked = marked
+        self.gone: frozenset[bytes] = frozenset()
+
+    def __contains__(self, place: tuple[bytes, int]) -> bool:
+        return place[0] in self.gone or place in self.marked
+
+
 class _Resident:
     """A table kept in memory."""
 
@@ -66,13 +83,16 @@ class _Resident:
         self.first_slot = first_slot
         self.entries = len(contents.entries)
 
-    def find(self, wanted: bytes, bad: BadPlaces) -> Place | None:
+    def places(self, wanted: bytes, bad: _Unreadable) -> Iterator[Place]:
+        """Every place of an object, but the bad ones."""
         key = int.from_bytes(wanted[:8], "little")
         row = int(np.searchsorted(self._keys, np.uint64(key)))
         found = self._table
-        return _match(found.entries, row, wanted, key, found.packs, found.bases, self.first_slot, bad)
+        return _matches(found.entries, row, wanted, key, found.packs, found.bases, self.first_slot, bad)
 
-    def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: BadPlaces) -> None:
+    def find_many(
+        self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable
+    ) -> None:
         """Fill in where `places` is still None; one search for all keys."""
         if self.entries == 0:
             return
@@ -87,10 +107,14 @@ class _Resident:
             wanted = ids[number].tobytes()
             pack_id = found.packs[pack]
             if rest != wanted[8:] or (pack_id, offset) in bad:
-                places[number] = self.find(wanted, bad)
+                places[number] = next(self.places(wanted, bad), None)
                 continue
             base_id = None if base == NO_BASE else found.bases[base].tobytes()
             places[number] = Place(self.first_slot + row, pack_id, offset, stored, plain, kind, form, base_id)
+
+    def packs(self) -> tuple[bytes, ...]:
+        """Ids of the packs that entries name."""
+        return self._table.packs
 
     def all_entries(self) -> Table:
         return self._table
@@ -136,31 +160,35 @@ class _Paged:
                 self._pages.popitem(last=False)
         return page
 
-    def find(self, wanted: bytes, bad: BadPlaces) -> Place | None:
+    def places(self, wanted: bytes, bad: _Unreadable) -> Iterator[Place]:
+        """Every place of an object, but the bad ones."""
         key = int.from_bytes(wanted[:8], "little")
         number = max(int(np.searchsorted(self._fence, np.uint64(key), side="left")) - 1, 0)
         while number < len(self._fence) and int(self._fence[number]) <= key:
             page = self._page(number)
             row = int(np.searchsorted(page["key"], np.uint64(key)))
             slot = self.first_slot + number * FENCE_ENTRIES
-            place = _match(page, row, wanted, key, self._packs, self._bases, slot, bad)
-            if place is not None:
-                return place
+            yield from _matches(page, row, wanted, key, self._packs, self._bases, slot, bad)
             number += 1
-        return None
 
-    def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: BadPlaces) -> None:
+    def find_many(
+        self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable
+    ) -> None:
         """Fill in where `places` is still None; a page a look-up."""
         del keys
         for number, place in enumerate(places):
             if place is None:
-                places[number] = self.find(ids[number].tobytes(), bad)
+                places[number] = next(self.places(ids[number].tobytes(), bad), None)
+
+    def packs(self) -> tuple[bytes, ...]:
+        """Ids of the packs that entries name."""
+        return self._packs
 
     def all_entries(self) -> Table:
         return load(self._store, self._name)
 
 
-def _match(
+def _matches(
     entries: Entries,
     row: int,
     wanted: bytes,
@@ -168,17 +196,17 @@ def _match(
     packs: tuple[bytes, ...],
     bases: Ids,
     first_slot: int,
-    bad: BadPlaces,
-) -> Place | None:
+    bad: _Unreadable,
+) -> Iterator[Place]:
     rest = wanted[8:]
     while row < len(entries):
         entry = entries[row]
         if int(entry["key"]) != key:
-            return None
+            return
         pack = packs[entry["pack"]]
         if entry["rest"].tobytes() == rest and (pack, int(entry["offset"])) not in bad:
             base = int(entry["base"])
-            return Place(
+            yield Place(
                 first_slot + row,
                 pack,
                 int(entry["offset"]),
@@ -189,7 +217,6 @@ def _match(
                 None if base == NO_BASE else bases[base].tobytes(),
             )
         row += 1
-    return None
 
 
 class Index:
@@ -199,7 +226,7 @@ class Index:
         self._store = store
         self._parts: list[_Resident | _Paged] = []
         self._new: dict[bytes, Place] = {}
-        self._bad = bad
+        self._bad = _Unreadable(bad)
         self._resident = 0
         self.slots = 0
 
@@ -237,6 +264,9 @@ class Index:
         if small:
             # Many small objects cost a look-up each: one table of them all costs one.
             index._add_part(_Resident(table.merge(small), index.slots))
+        # Listed last: a pack is there before an index object names it, and a writer has kept collectors away by now.
+        listed = {pack_id for pack_id, _ in unindexed_packs(store, set())}
+        index._bad.gone = frozenset(pack for part in index._parts for pack in part.packs()) - listed
         return index
 
     def _add_part(self, part: _Resident | _Paged) -> None:
@@ -251,6 +281,10 @@ class Index:
         """Note what the own session has stored."""
         self._new[record_id] = place
 
+    def is_new(self, record_id: bytes) -> bool:
+        """Whether the own session has stored it since its last index object."""
+        return record_id in self._new
+
     def written(self, name: str, contents: Table, size_bytes: int) -> None:
         """The own session's entries are in an index object now and leave the dict."""
         if self._resident + len(contents.entries) <= RESIDENT_ENTRIES:
@@ -262,15 +296,22 @@ class Index:
             self._new.pop(record_id.tobytes(), None)
 
     def find(self, record_id: bytes) -> Place | None:
-        """Where a record lies; None when it is nowhere."""
-        place = self._new.get(record_id)
-        if place is not None:
-            return place
-        for part in self._parts:
-            place = part.find(record_id, self._bad)
-            if place is not None:
+        """Where a record lies, full or as a patch whose base is there; None when it is nowhere."""
+        for place in self._places(record_id):
+            if place.base is None or self.find_full(place.base) is not None:
                 return place
         return None
+
+    def find_full(self, record_id: bytes) -> Place | None:
+        """Where a record lies in full, as the base of a patch must; None when it does nowhere."""
+        return next((place for place in self._places(record_id) if place.base is None), None)
+
+    def _places(self, record_id: bytes) -> Iterator[Place]:
+        place = self._new.get(record_id)
+        if place is not None:
+            yield place
+        for part in self._parts:
+            yield from part.places(record_id, self._bad)
 
     def find_many(self, ids: Ids) -> list[Place | None]:
         """Where records lie, in the order of `ids` (V32 array of shape (n,))."""
@@ -281,6 +322,14 @@ class Index:
         keys = table.id_keys(ids)
         for part in self._parts:
             part.find_many(ids, keys, places, self._bad)
+        whole: dict[bytes, bool] = {}
+        for number, place in enumerate(places):
+            if place is None or place.base is None:
+                continue
+            if place.base not in whole:
+                whole[place.base] = self.find_full(place.base) is not None
+            if not whole[place.base]:
+                places[number] = self.find(ids[number].tobytes())
         return places
 
     def packs(self) -> set[bytes]:

@@ -9,6 +9,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
 from snapcore.persist import Buffer
@@ -16,7 +17,7 @@ from snapcore.repository import pack, record
 from snapcore.repository.domain import Domain
 from snapcore.repository.index import Index, Place
 from snapcore.repository.record import UNIT_BYTES, Form, RecordKind
-from snapcore.repository.table import Ids
+from snapcore.repository.table import Ids, ids_of
 from snapcore.repository.tree import NODE_BYTES
 from snapcore.store.interface import Reader
 
@@ -25,6 +26,13 @@ _BASES_KEPT = 64
 # Records of one pack that lie this close are read in one go.
 _GAP_BYTES = 64 << 10
 _RUN_BYTES = 4 << 20
+
+
+class Base(NamedTuple):
+    """An object that a patch may rest on: its id and its bytes."""
+
+    id: bytes
+    plain: Buffer
 
 
 class Objects:
@@ -67,24 +75,34 @@ class Objects:
             self._nodes.put(object_id, found)
         return found
 
-    def base_of(self, kind: RecordKind, object_id: bytes) -> tuple[bytes, Buffer] | None:
-        """(id, bytes) of what a patch of the successor of an object may rest on: a record stored full.
+    def bases(self, kind: RecordKind, old_ids: Ids) -> list[Base | None]:
+        """What patches of the successors of these objects may rest on: for each an object that is stored full.
 
-        None where there is none or it cannot be read: then the successor is stored full as well.
+        That is the object itself, or the base of its own patch. None where there is none or it cannot be read: then the
+        successor is stored full as well.
         """
-        try:
-            place = self.place(kind, object_id)
-            base_id = object_id if place.base is None else place.base
-            return base_id, self._base(kind, base_id)
-        except DamagedError:
-            return None
+        found: list[Base | None] = [None] * len(old_ids)
+        wanted: list[int] = []
+        joined = bytearray()
+        for number, place in enumerate(self.index.find_many(old_ids)):
+            if place is not None and place.kind == kind:
+                wanted.append(number)
+                joined += place.base or old_ids[number].tobytes()
+        base_ids = ids_of(joined)
+        for number, plain in self._many(kind, base_ids, Form.FULL):
+            if not isinstance(plain, DamagedError):
+                found[wanted[number]] = Base(base_ids[number].tobytes(), plain)
+        return found
 
     def chunks(self, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
         """(number, bytes or what is wrong) for every chunk of `ids`; neighbours in a pack are read in one go."""
+        return self._many(RecordKind.CHUNK, ids, None)
+
+    def _many(self, kind: RecordKind, ids: Ids, form: Form | None) -> Iterator[tuple[int, Buffer | DamagedError]]:
         wanted: list[tuple[bytes, int, int, Place]] = []
         for number, place in enumerate(self.index.find_many(ids)):
-            if place is None or place.kind != RecordKind.CHUNK:
-                yield number, missing(RecordKind.CHUNK, ids[number].tobytes())
+            if place is None or place.kind != kind or form not in (None, place.form):
+                yield number, missing(kind, ids[number].tobytes())
             else:
                 wanted.append((place.pack, place.offset, number, place))
         wanted.sort()
@@ -99,11 +117,17 @@ class Objects:
                     break
                 stop = max(stop, offset + place.stored)
                 last += 1
-            yield from self._run(pack_id, start, stop, wanted[first:last], ids)
+            yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids)
             first = last
 
     def _run(
-        self, pack_id: bytes, start: int, stop: int, wanted: list[tuple[bytes, int, int, Place]], ids: Ids
+        self,
+        kind: RecordKind,
+        pack_id: bytes,
+        start: int,
+        stop: int,
+        wanted: list[tuple[bytes, int, int, Place]],
+        ids: Ids,
     ) -> Iterator[tuple[int, Buffer | DamagedError]]:
         data: memoryview | None = None
         # A run that cannot be read is read record by record, so that only what is damaged is missing.
@@ -113,10 +137,10 @@ class Objects:
             object_id = ids[number].tobytes()
             try:
                 if data is None:
-                    plain = self._object(RecordKind.CHUNK, object_id, place)
+                    plain = self._object(kind, object_id, place)
                 else:
                     raw = data[offset - start : offset - start + place.stored]
-                    plain = self._decoded(RecordKind.CHUNK, object_id, place, raw)
+                    plain = self._decoded(kind, object_id, place, raw)
             except DamagedError as error:
                 yield number, error
             else:

@@ -10,8 +10,9 @@ from typing_extensions import Buffer as BufferLike
 
 from snapcore.errors import UsageError
 from snapcore.persist import Buffer
+from snapcore.repository import tree
 
-from snapcore.repository.domain import ID_BYTES
+from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
 from snapcore.repository.tree import FANOUT
@@ -74,7 +75,7 @@ class SnapshotReader(io.RawIOBase):
     def _chunk(self, number: int) -> Buffer | None:
         """A chunk's bytes; None for zeros."""
         object_id = self._id(number)
-        if not any(object_id):
+        if object_id == ZERO_ID:
             return None
         with self._lock:
             found = self._kept.get(object_id)
@@ -89,14 +90,8 @@ class SnapshotReader(io.RawIOBase):
         return found
 
     def _id(self, number: int) -> bytes:
-        object_id = self.snapshot.tree.id
-        for level in range(self.snapshot.levels, 0, -1):
-            if not any(object_id):
-                return object_id
-            slot = number // FANOUT ** (level - 1) % FANOUT
-            node = self._objects.node(object_id)
-            object_id = bytes(node[slot * ID_BYTES : (slot + 1) * ID_BYTES])
-        return object_id
+        found = tree.leaf(self.snapshot.tree, self._objects.node, number)
+        return ZERO_ID if found is None else found[number % FANOUT].tobytes()
 
     def readinto(self, buffer: BufferLike) -> int:  # type: ignore[override]
         count = self.pread_into(buffer, self._position)

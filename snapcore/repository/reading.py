@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snapcore import digest, extents, scan
+from snapcore.errors import DamagedError
 from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES
 from snapcore.repository import tree
@@ -22,7 +23,7 @@ from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.hints import Fingerprints, Hints
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import Record, RecordKind
-from snapcore.repository.storer import patched
+from snapcore.repository.storer import encoded
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, Node, Root
 from snapcore.source import Source
@@ -82,10 +83,13 @@ class Reading:
     def _clear(self, span: Span) -> Outcome:
         first = span.offset_bytes // self._chunk_bytes
         stop = -(-(span.offset_bytes + span.length_bytes) // self._chunk_bytes)
-        gone = 0
-        for start, leaf in self._leaves(first, stop):
-            used = tree.used_slots(leaf) + start
-            gone += int(((used >= first) & (used < stop)).sum())
+        if stop - first <= FANOUT:
+            gone = len(tree.used_slots(self.parent_ids(first, stop - first)))
+        else:
+            gone = 0
+            for start, leaf in self._leaves(first, stop):
+                used = tree.used_slots(leaf) + start
+                gone += int(((used >= first) & (used < stop)).sum())
         return Outcome(span, None, None, gone, -gone, [])
 
     def _leaves(self, first: int, stop: int) -> Iterator[tuple[int, Node]]:
@@ -95,9 +99,15 @@ class Reading:
     def parent_ids(self, first: int, count: int) -> Node:
         """Ids of the parent's chunks from `first` on: uint8 array of shape (count, 32)."""
         ids = np.zeros((count, ID_BYTES), dtype=np.uint8)
-        for start, leaf in self._leaves(first, first + count):
-            low, high = max(first, start), min(first + count, start + FANOUT)
-            ids[low - first : high - first] = leaf[low - start : high - start]
+        for start in range(first // FANOUT * FANOUT, first + count, FANOUT):
+            try:
+                leaf = tree.leaf(self._parent, self._objects.node, start)
+            except DamagedError:
+                # It is in `suspect`: what is found in the source there counts as new.
+                continue
+            if leaf is not None:
+                low, high = max(first, start), min(first + count, start + FANOUT)
+                ids[low - first : high - first] = leaf[low - start : high - start]
         return ids
 
     def chunks(self, offset_bytes: int, length_bytes: int) -> memoryview:
@@ -144,16 +154,21 @@ class Reading:
 
     def _records(self, data: memoryview, ids: Node, old: Node, slots: list[int]) -> list[Record]:
         size = self._chunk_bytes
-        wanted = ids_of(ids[slots].tobytes())
-        records = []
-        for slot, place in zip(slots, self._objects.index.find_many(wanted), strict=True):
-            if place is None:
-                plain = data[slot * size : (slot + 1) * size]
-                chunk_id, old_id = ids[slot].tobytes(), old[slot].tobytes()
-                records.append(
-                    patched(self._objects, RecordKind.CHUNK, chunk_id, plain, old_id, self._compression)
-                )
-        return records
+        places = self._objects.index.find_many(ids_of(ids[slots].tobytes()))
+        slots = [slot for slot, place in zip(slots, places, strict=True) if place is None]
+        patchable = [slot for slot in slots if old[slot].any()]
+        found = self._objects.bases(RecordKind.CHUNK, ids_of(old[patchable].tobytes()))
+        bases = dict(zip(patchable, found, strict=True))
+        return [
+            encoded(
+                RecordKind.CHUNK,
+                ids[slot].tobytes(),
+                data[slot * size : (slot + 1) * size],
+                bases.get(slot),
+                self._compression,
+            )
+            for slot in slots
+        ]
 
     def _suspect_mask(self, first: int, count: int) -> npt.NDArray[np.bool]:
         mask = np.zeros(count, dtype=np.bool)

@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from snapcore.persist import Buffer
 from snapcore.repository import codec, index, pack, record, table
 from snapcore.repository.index import Index, Place
-from snapcore.repository.objects import Objects
+from snapcore.repository.objects import Base, Objects
 from snapcore.repository.pack import PackBuilder
 from snapcore.repository.record import Record, RecordKind
-from snapcore.repository.table import Table
+from snapcore.repository.table import Table, ids_of
 from snapcore.store.interface import Reader, Store
 
 _UPLOADS = 2
@@ -74,10 +74,14 @@ class Storer:
         self.new_bytes = 0
         self.stored_bytes = 0
 
-    def put(self, item: Record) -> bool:
-        """Store a record unless its object is stored already. Returns whether it was new."""
-        if self._index.find(item.id) is not None:
-            return False
+    def put(self, items: list[Record]) -> None:
+        """Store records, except those whose objects are stored already."""
+        places = self._index.find_many(ids_of(b"".join(item.id for item in items)))
+        for item, place in zip(items, places, strict=True):
+            if place is None and not self._index.is_new(item.id):
+                self._append(item)
+
+    def _append(self, item: Record) -> None:
         builder = self._builders.get(item.kind)
         if builder is None:
             builder = self._builders[item.kind] = PackBuilder()
@@ -90,13 +94,13 @@ class Storer:
         self.new_bytes += item.plain_bytes
         if builder.size_bytes >= pack.PACK_BYTES:
             self._upload(item.kind)
-        return True
 
     def put_node(self, plain: Buffer, old_id: bytes) -> bytes:
         """Store a tree node, as a patch of what stood in its place where that is shorter. Returns its id."""
         node_id = self._objects.domain.node_id(plain)
         if self._index.find(node_id) is None:
-            self.put(patched(self._objects, RecordKind.NODE, node_id, plain, old_id, self._compression))
+            base = self._objects.bases(RecordKind.NODE, ids_of(old_id))[0] if any(old_id) else None
+            self._append(encoded(RecordKind.NODE, node_id, plain, base, self._compression))
         return node_id
 
     def add_table(self, contents: Table) -> None:
@@ -155,14 +159,10 @@ class Storer:
 
 
 
-def patched(
-    objects: Objects, kind: RecordKind, object_id: bytes, plain: Buffer, old_id: bytes, compression: str
-) -> Record:
-    """The record of an object: a patch of what stood in its place (`old_id`, zero for nothing), or full."""
-    if any(old_id):
-        base = objects.base_of(kind, old_id)
-        if base is not None:
-            patch = record.make_patch(plain, base[0], base[1], record.UNIT_BYTES[kind])
-            if patch is not None:
-                return record.make(kind, object_id, patch, compression, base[0])
+def encoded(kind: RecordKind, object_id: bytes, plain: Buffer, base: Base | None, compression: str) -> Record:
+    """The record of an object: a patch of the base where there is one and that is shorter, or full."""
+    if base is not None:
+        patch = record.make_patch(plain, base.id, base.plain, record.UNIT_BYTES[kind])
+        if patch is not None:
+            return record.make(kind, object_id, patch, compression, base.id)
     return record.make(kind, object_id, plain, compression)

@@ -188,6 +188,19 @@ class TreeWriter:
                 self._editable(above)[here.index % FANOUT] = np.frombuffer(new_id, dtype=np.uint8)
 
 
+def leaf(root: Root, load: LoadNode, place: int) -> Node | None:
+    """The leaf node above a chunk; None where all it could hold is zero."""
+    if place >= FANOUT**root.levels:
+        return None
+    object_id = root.id
+    for level in range(root.levels, 1, -1):
+        if object_id == ZERO_ID:
+            return None
+        slot = place // FANOUT ** (level - 1) % FANOUT
+        object_id = bytes(load(object_id)[slot * ID_BYTES : (slot + 1) * ID_BYTES])
+    return None if object_id == ZERO_ID else opened(object_id, load)
+
+
 def leaves(
     root: Root,
     load: LoadNode,
@@ -217,8 +230,9 @@ def leaves(
             yield first, node
             continue
         width = FANOUT ** (level - 1)
-        slots = used_slots(node)[::-1].tolist()
-        todo += [(first + slot * width, level - 1, node[slot].tobytes()) for slot in slots]
+        low = max(0, (start - first) // width)
+        slots = used_slots(node[low : max(low, -(-(end - first) // width))]) + low
+        todo += [(first + slot * width, level - 1, node[slot].tobytes()) for slot in slots[::-1].tolist()]
 
 
 def differing(

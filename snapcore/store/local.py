@@ -26,7 +26,7 @@ _TEMPORARY = "tmp"
 
 def checked_name(name: str) -> str:
     """The name, when it is one; else UsageError. Shared by all stores."""
-    if not _NAME.fullmatch(name) or name.startswith(_TEMPORARY + "/"):
+    if not _NAME.fullmatch(name) or name.split("/", 1)[0] == _TEMPORARY:
         raise UsageError(f"{name!r} is no object name: parts of a-z, 0-9 and '-' joined by '/'")
     return name
 
