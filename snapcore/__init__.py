@@ -1,6 +1,5 @@
 """Snapshots of disk images: full, then changed blocks only; any can be deleted, any restores the whole disk."""
 
-from snapcore.source.compare import diff_images
 from snapcore.errors import (
     BusyError,
     CancelledError,
@@ -20,6 +19,7 @@ from snapcore.errors import (
 )
 from snapcore.progress import Progress
 from snapcore.repository import Manifest, Repository, SnapshotReader
+from snapcore.source.compare import diff_images
 
 __all__ = [
     "BusyError",

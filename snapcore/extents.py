@@ -83,7 +83,8 @@ def clipped(rows: Extents, start: int, stop: int) -> Extents:
     starts = np.maximum(rows[:, 0], start)
     ends = np.minimum(rows[:, 0] + rows[:, 1], stop)
     kept = ends > starts
-    return np.stack((starts, ends - starts), axis=1)[kept]
+    part: Extents = np.stack((starts, ends - starts), axis=1)[kept]
+    return part
 
 
 def gaps(rows: Extents, size_bytes: int) -> Extents:

@@ -1,9 +1,8 @@
 """Zero blocks and differing blocks of memory, and the safe way to touch mapped memory before a scan."""
 
-from typing_extensions import Buffer
-
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
 def zero_mask(data: Buffer, block_bytes: int) -> npt.NDArray[np.uint8]:
     """Which blocks are all zero.

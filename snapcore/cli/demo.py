@@ -38,9 +38,7 @@ class _Step:
 
 @click.command()
 @click.argument("image", type=click.Path(exists=True, dir_okay=False), required=False)
-@click.option(
-    "--keep", type=click.Path(), metavar="DIR", help="Work in DIR, a new folder, and leave everything there."
-)
+@click.option("--keep", type=click.Path(), metavar="DIR", help="Work in DIR, a new folder, and leave everything there.")
 def demo(image: str | None, keep: str | None) -> None:
     """Show the main job on a copy of IMAGE, or on an ext4 image made of files of this machine."""
     if keep is not None:
@@ -71,9 +69,7 @@ def _show(folder: str, image: str | None, *, kept: bool) -> None:
         with output.bar() as progress:
             done = repository.snapshot(disk.path, disk="demo", progress=progress)
         made = done.snapshot
-        steps.append(
-            _Step(name, done.read_bytes, made.changed_bytes, made.stored_bytes, done.duration_s, copy_s)
-        )
+        steps.append(_Step(name, done.read_bytes, made.changed_bytes, made.stored_bytes, done.duration_s, copy_s))
         taken.append((made.id, original))
     if verdict := disk.check():
         click.echo(verdict)
@@ -87,7 +83,10 @@ def _show(folder: str, image: str | None, *, kept: bool) -> None:
     frees = repository.unique([middle])
     repository.delete(middle)
     freed = repository.collect()
-    click.echo(f"deleted the middle snapshot: only it held {output.size(frees.stored_bytes)}; freed {output.size(freed.freed_bytes)}")
+    click.echo(
+        f"deleted the middle snapshot: only it held {output.size(frees.stored_bytes)}; "
+        f"freed {output.size(freed.freed_bytes)}"
+    )
     for snapshot, original in taken:
         target = os.path.join(folder, f"restored-{snapshot[:12]}.img")
         with output.bar() as progress:

@@ -1,6 +1,6 @@
 """The disk of `snapcore demo`: a real ext4 image of files of this machine, changed as an operating system changes it.
 
-Everything is done without root, by mke2fs and debugfs. Where they are missing, real files joined one behind the other stand
+Everything is done without root, by mke2fs and debugfs. Where they are missing, real files in a row stand
 in for the file system, and blocks are overwritten in place.
 """
 
@@ -88,7 +88,7 @@ class DemoDisk:
 
     def _change_ext4(self, generation: int) -> str:
         """Install files, delete others, append to a log, write into a database."""
-        new = [path for path in _real_files(12 << 20, skip=generation * 4000)]
+        new = list(_real_files(12 << 20, skip=generation * 4000))
         log = self._folder / "log"
         log.write_bytes(self._log_lines(generation))
         names = [line.split("/")[5] for line in self._debugfs("ls -p /files").splitlines() if line.startswith("/")]

@@ -46,7 +46,7 @@ def size(count_bytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A size on the command line: bytes, or with one of the suffixes K, M, G, T (binary)."""
 
     name = "size"

@@ -20,9 +20,7 @@ def restore(snapshot: str, target: str, place: str, in_place: bool, allow_damage
 
     found = Repository.open(place)
     with output.bar() as progress:
-        done = found.restore(
-            snapshot, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress
-        )
+        done = found.restore(snapshot, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress)
     if as_json:
         output.print_json(
             {

@@ -135,9 +135,7 @@ def show(ids: tuple[str, ...], place: str, as_json: bool) -> None:
     unique = found.unique(chosen)
     if as_json:
         facts = msgspec.to_builtins(chosen[0]) if len(chosen) == 1 else {"ids": [item.id for item in chosen]}
-        output.print_json(
-            facts | {"unique_bytes": unique.plain_bytes, "unique_stored_bytes": unique.stored_bytes}
-        )
+        output.print_json(facts | {"unique_bytes": unique.plain_bytes, "unique_stored_bytes": unique.stored_bytes})
         return
     for item in chosen:
         for key, value in msgspec.to_builtins(item).items():

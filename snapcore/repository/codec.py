@@ -84,7 +84,8 @@ def _zstd() -> ModuleType:
 
 
 def _lz4_encode(plain: Buffer) -> bytes:
-    return lz4.block.compress(plain, store_size=False)
+    packed: bytes = lz4.block.compress(plain, store_size=False)
+    return packed
 
 
 def _zstd_encode(plain: Buffer) -> bytes:

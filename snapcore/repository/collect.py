@@ -30,7 +30,7 @@ from snapcore.repository.table import NO_BASE, Table
 _DEAD_SHARE = 0.5
 _WASTE_SHARE = 0.05
 _CHEAP_BYTES = 64 << 20
-# Packs below this size are joined once they fill a whole one: each is a request for who reads, and an object to pay for.
+# Packs below this size are joined once they fill a whole one: each is a request to make and an object to pay for.
 _SMALL_BYTES = pack.PACK_BYTES // 4
 # More index objects than this are joined even when nothing is removed.
 _INDEX_OBJECTS = 8
@@ -202,7 +202,9 @@ class _Collection:
         kept = []
         for contents, _ in self._parts():
             lost = [number for number, pack_id in enumerate(contents.packs) if pack_id in gone]
-            kept.append(Table(contents.packs, contents.entries[~np.isin(contents.entries["pack"], lost)], contents.bases))
+            kept.append(
+                Table(contents.packs, contents.entries[~np.isin(contents.entries["pack"], lost)], contents.bases)
+            )
         for part in table.split(table.merge([*kept, *moved])):
             _, size_bytes = index.write(self._store, part)
             self._freed_bytes -= size_bytes

@@ -345,7 +345,7 @@ class _Job:
                 if found != reading.parent_ids(chunk, 1)[0].tobytes():
                     raise SourceChangedError(
                         f"the list of changes does not name the {length} bytes at offset {offset} of "
-                        f"{self._source.name}, and they differ from the parent snapshot; take the snapshot without a list"
+                        f"{self._source.name}, and they differ from the parent; take the snapshot without a list"
                     )
 
     def _some_chunks(self, rows: Extents) -> list[int]:
@@ -364,7 +364,7 @@ class _Job:
             manifest.write(self._context.store, object_name, snapshot)
         except ExistsError as error:
             raise FencedError(
-                f"the session of snapshot {snapshot.id} was ended by somebody else before it was done; nothing of it is "
+                f"the session of snapshot {snapshot.id} was ended by somebody else before it was done; nothing is "
                 "visible, take the snapshot again: what it stored is used"
             ) from error
 

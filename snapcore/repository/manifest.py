@@ -136,5 +136,3 @@ def read(store: Store, object_name: str, domain: Domain) -> Manifest | None:
     if not whole:
         raise DamagedError(f"{where} has members that contradict each other or its name")
     return manifest
-
-

@@ -88,7 +88,7 @@ class Marks:
             return False
         self.reached[place.slot] = True
         if place.base is not None:
-            self._mark(kind, place.base, self._index.find(place.base), snapshot)
+            self._mark(kind, place.base, self._index.find_full(place.base), snapshot)
         return True
 
     def usage(self, chosen: npt.NDArray[np.bool]) -> Usage:

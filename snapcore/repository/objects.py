@@ -89,19 +89,21 @@ class Objects:
                 wanted.append(number)
                 joined += place.base or old_ids[number].tobytes()
         base_ids = ids_of(joined)
-        for number, plain in self._many(kind, base_ids, Form.FULL):
+        for number, plain in self._many(kind, base_ids, self.index.find_many_full(base_ids)):
             if not isinstance(plain, DamagedError):
                 found[wanted[number]] = Base(base_ids[number].tobytes(), plain)
         return found
 
     def chunks(self, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
         """(number, bytes or what is wrong) for every chunk of `ids`; neighbours in a pack are read in one go."""
-        return self._many(RecordKind.CHUNK, ids, None)
+        return self._many(RecordKind.CHUNK, ids, self.index.find_many(ids))
 
-    def _many(self, kind: RecordKind, ids: Ids, form: Form | None) -> Iterator[tuple[int, Buffer | DamagedError]]:
+    def _many(
+        self, kind: RecordKind, ids: Ids, places: list[Place | None]
+    ) -> Iterator[tuple[int, Buffer | DamagedError]]:
         wanted: list[tuple[bytes, int, int, Place]] = []
-        for number, place in enumerate(self.index.find_many(ids)):
-            if place is None or place.kind != kind or form not in (None, place.form):
+        for number, place in enumerate(places):
+            if place is None or place.kind != kind:
                 yield number, missing(kind, ids[number].tobytes())
             else:
                 wanted.append((place.pack, place.offset, number, place))
@@ -160,9 +162,10 @@ class Objects:
     def _base(self, kind: RecordKind, base_id: bytes) -> Buffer:
         found = self._bases.get(base_id)
         if found is None:
-            place = self.place(kind, base_id)
-            if place.form != Form.FULL:
-                raise DamagedError(f"the {kind.name.lower()} {base_id.hex()} is the base of a patch and a patch")
+            # It may lie somewhere as a patch too: of two writers at once, one may have had something to compare with.
+            place = self.index.find_full(base_id)
+            if place is None or place.kind != kind:
+                raise missing(kind, base_id)
             found = self._object(kind, base_id, place)
             self._bases.put(base_id, found)
         return found

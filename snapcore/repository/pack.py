@@ -12,6 +12,7 @@ import xxhash
 from snapcore.errors import DamagedError
 from snapcore.persist import Buffer
 from snapcore.repository import envelope, record, table
+from snapcore.repository.codec import Codec
 from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.envelope import Kind
 from snapcore.repository.record import Form, Record, RecordHeader, RecordKind
@@ -151,7 +152,7 @@ def scan_directory(data: Buffer, pack_id: bytes) -> Table:
             head.id,
             b"",
             found.payload,
-            record.codec.Codec(head.codec),
+            Codec(head.codec),
             head.plain_bytes,
             base,
         )

@@ -11,7 +11,6 @@ from typing_extensions import Buffer as BufferLike
 from snapcore.errors import UsageError
 from snapcore.persist import Buffer
 from snapcore.repository import tree
-
 from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
@@ -93,7 +92,7 @@ class SnapshotReader(io.RawIOBase):
         found = tree.leaf(self.snapshot.tree, self._objects.node, number)
         return ZERO_ID if found is None else found[number % FANOUT].tobytes()
 
-    def readinto(self, buffer: BufferLike) -> int:  # type: ignore[override]
+    def readinto(self, buffer: BufferLike) -> int:
         count = self.pread_into(buffer, self._position)
         self._position += count
         return count

@@ -111,7 +111,7 @@ class Reading:
         return ids
 
     def chunks(self, offset_bytes: int, length_bytes: int) -> memoryview:
-        """Bytes of the source from a chunk's border on, padded with zeros to whole chunks; valid until the next call."""
+        """Bytes of the source from a chunk's border on, zeros to the next border behind; valid until the next call."""
         whole = -(-length_bytes // self._chunk_bytes) * self._chunk_bytes
         space: memoryview | None = getattr(self._local, "space", None)
         if space is None or len(space) < whole:

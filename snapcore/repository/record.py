@@ -86,9 +86,7 @@ class RecordHeader:
     checksum: int
 
 
-def make(
-    kind: RecordKind, record_id: bytes, plain: Buffer, compression: str, base: bytes | None = None
-) -> Record:
+def make(kind: RecordKind, record_id: bytes, plain: Buffer, compression: str, base: bytes | None = None) -> Record:
     """A record of `plain`: the whole object, or the plain form of a patch when a base is named."""
     form = Form.FULL if base is None else Form.PATCH
     how, payload = codec.encode(plain, compression)

@@ -1,4 +1,4 @@
-"""The cold tier: a folder or object-store prefix of snapshots, content-addressed, any of which restores the whole disk."""
+"""The cold tier: snapshots in a folder or object store, content-addressed; any of them restores the whole disk."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ class Repository:
             else:
                 opened = source
             if opened.size_bytes > manifest.SIZE_LIMIT_BYTES:
-                raise UsageError(f"{opened.name} has {opened.size_bytes} bytes; {manifest.SIZE_LIMIT_BYTES} are the most")
+                raise UsageError(
+                    f"{opened.name} has {opened.size_bytes} bytes; {manifest.SIZE_LIMIT_BYTES} are the most"
+                )
             return create.create(self._context, opened, request, progress, executor)
 
     def snapshots(self, disk: str | None = None) -> list[Manifest]:
@@ -213,9 +215,7 @@ class Repository:
         parts = [np.empty(0, dtype=np.int64)]
         for first, (leaf_a, leaf_b) in tree.differing(objects.node, old.tree, new.tree):
             parts.append(first + np.flatnonzero((leaf_a != leaf_b).any(axis=1)))
-        return extents.from_blocks(
-            np.concatenate(parts), self.chunk_bytes, max(old.size_bytes, new.size_bytes)
-        )
+        return extents.from_blocks(np.concatenate(parts), self.chunk_bytes, max(old.size_bytes, new.size_bytes))
 
     def restore(
         self,
@@ -304,9 +304,7 @@ class Repository:
         """
         return collect.collect(self._context, self.snapshots, progress)
 
-    def verify(
-        self, *, progress: ProgressCallback | None = None, executor: Executor | None = None
-    ) -> Verified:
+    def verify(self, *, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
         """Read and check everything. What is damaged is marked, so that the next snapshot stores it again."""
         return verify.verify(self._context, progress, executor)
 

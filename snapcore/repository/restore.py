@@ -90,14 +90,10 @@ def restore(
             done = stop
     meter.advance(snapshot.size_bytes - done)
     rows = extents.from_pairs(missing.rows) * objects.chunk_bytes
-    return Restored(
-        target.written_bytes, extents.clipped(rows, 0, snapshot.size_bytes), time.monotonic() - started
-    )
+    return Restored(target.written_bytes, extents.clipped(rows, 0, snapshot.size_bytes), time.monotonic() - started)
 
 
-def _pieces(
-    objects: Objects, snapshot: Manifest, target: RawTarget, missing: _Missing | None
-) -> Iterator[_Piece]:
+def _pieces(objects: Objects, snapshot: Manifest, target: RawTarget, missing: _Missing | None) -> Iterator[_Piece]:
     """Pieces of work in ascending order; ranges that are zero on both sides are left out."""
     step = max(1, min(FANOUT, SPAN_BYTES // objects.chunk_bytes))
     filled = target.data_extents()
@@ -131,9 +127,7 @@ def _zeros(filled: Extents, start: int, stop: int, chunk_bytes: int) -> Iterator
 class _Fill:
     """The work on one piece; safe on many threads at once."""
 
-    def __init__(
-        self, objects: Objects, snapshot: Manifest, target: RawTarget, missing: _Missing | None
-    ) -> None:
+    def __init__(self, objects: Objects, snapshot: Manifest, target: RawTarget, missing: _Missing | None) -> None:
         self._objects = objects
         self._snapshot = snapshot
         self._target = target

@@ -58,9 +58,7 @@ class Storer:
     compression : str
     """
 
-    def __init__(
-        self, store: Store, known: Index, objects: Objects, reader: PendingReader, compression: str
-    ) -> None:
+    def __init__(self, store: Store, known: Index, objects: Objects, reader: PendingReader, compression: str) -> None:
         self._store = store
         self._index = known
         self._objects = objects
@@ -156,7 +154,6 @@ class Storer:
             self._index.written(name, part, size_bytes)
         self._tables.clear()
         self._entries = 0
-
 
 
 def encoded(kind: RecordKind, object_id: bytes, plain: Buffer, base: Base | None, compression: str) -> Record:

@@ -1,4 +1,4 @@
-"""The table that says where records lie: body of index objects and of pack directories (docs/FORMAT.md, "The table")."""
+"""Where records lie: the table in index objects and in the directories of packs (docs/FORMAT.md, "The table")."""
 
 from __future__ import annotations
 
@@ -192,9 +192,7 @@ def merge(tables: list[Table]) -> Table:
     parts = []
     for table in tables:
         pack_places = np.array([packs.setdefault(pack, len(packs)) for pack in table.packs], dtype=np.uint32)
-        base_places = np.array(
-            [bases.setdefault(base.tobytes(), len(bases)) for base in table.bases], dtype=np.uint32
-        )
+        base_places = np.array([bases.setdefault(base.tobytes(), len(bases)) for base in table.bases], dtype=np.uint32)
         part = table.entries.copy()
         if len(part):
             part["pack"] = pack_places[part["pack"]]
@@ -211,7 +209,7 @@ def merge(tables: list[Table]) -> Table:
 
 
 def split(table: Table, limit: int = ENTRY_LIMIT) -> list[Table]:
-    """The table as tables of at most `limit` entries each, by ranges of keys, with only the packs and bases they need."""
+    """The table as tables of at most `limit` entries each, by ranges of keys, with the packs and bases they need."""
     parts = []
     for start in range(0, len(table.entries), limit):
         rows = table.entries[start : start + limit].copy()

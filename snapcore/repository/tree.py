@@ -148,10 +148,11 @@ class TreeWriter:
     def _descend(self, level: int, index: int) -> _Open:
         for above in range(self._root.levels, level - 1, -1):
             wanted = index // FANOUT ** (above - level)
-            here = self._path[above]
-            if here is None or here.index != wanted:
+            found = self._path[above]
+            if found is None or found.index != wanted:
                 self._close(above)
-                here = self._opened(above, wanted)
+                found = self._opened(above, wanted)
+            here = found
         return here
 
     def _opened(self, level: int, index: int) -> _Open:

@@ -118,9 +118,7 @@ class _Report:
     problems: list[Problem] = field(default_factory=list)
 
 
-def verify(
-    context: Context, progress: ProgressCallback | None = None, executor: Executor | None = None
-) -> Verified:
+def verify(context: Context, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
     """Read and check everything; see `Repository.verify`."""
     started = time.monotonic()
     problems: list[Problem] = []
@@ -181,9 +179,7 @@ def _tasks(context: Context, known: Index) -> list[_Task]:
         for number, pack_id in enumerate(contents.packs):
             entries.setdefault(pack_id, []).append(rows[borders[number] : borders[number + 1]])
     sizes = {bytes.fromhex(name.removeprefix("packs/")): size for name, size in context.store.list("packs/")}
-    return [
-        _Task(pack_id, sizes.get(pack_id), entries.get(pack_id, [])) for pack_id in sorted(sizes | entries)
-    ]
+    return [_Task(pack_id, sizes.get(pack_id), entries.get(pack_id, [])) for pack_id in sorted(sizes | entries)]
 
 
 class _CheckPack:
@@ -314,7 +310,9 @@ def _hits(snapshots: list[Manifest], objects: Objects) -> Iterator[Hit]:
                 ids = ids_of(node[slots].tobytes())
                 places = objects.index.find_many(ids)
                 rows = [
-                    (int(slot), 1) for slot, place in zip(slots, places, strict=True) if not _whole(place, objects.index)
+                    (int(slot), 1)
+                    for slot, place in zip(slots, places, strict=True)
+                    if not _whole(place, objects.index)
                 ]
             else:
                 width = FANOUT ** (level - 1)

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 import numpy as np
 
 from snapcore import extents, scan
+from snapcore.errors import UsageError
 from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
@@ -15,7 +16,7 @@ from snapcore.source.interface import Source
 from snapcore.source.raw import open_source
 
 BLOCK_BYTES = 4096
-# Two windows fit the second-level cache together (pread + compare, two threads: 128 KiB 10.1 GB/s, 512 KiB 13.7, 1 MiB 14.0).
+# Two windows fit the second-level cache (pread + compare, two threads: 128 KiB 10.1 GB/s, 512 KiB 13.7, 1 MiB 14.0).
 _WINDOW_BYTES = 512 << 10
 
 
@@ -47,7 +48,7 @@ def diff_images(
     NotFoundError, UsageError, ReadError, SourceChangedError
     """
     if not 512 <= block_bytes <= SPAN_BYTES or block_bytes & (block_bytes - 1):
-        raise extents.UsageError(f"a block has a power of two from 512 to {SPAN_BYTES} bytes, not {block_bytes}")
+        raise UsageError(f"a block has a power of two from 512 to {SPAN_BYTES} bytes, not {block_bytes}")
     with open_source(a) as first, open_source(b) as second:
         common = min(first.size_bytes, second.size_bytes)
         whole = max(first.size_bytes, second.size_bytes)

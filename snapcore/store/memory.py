@@ -32,9 +32,7 @@ class MemoryStore:
             raise UsageError(f"offset {offset_bytes} or length {length_bytes} is negative")
         data = self._object(name)
         if length_bytes > len(data) - offset_bytes:
-            raise DamagedError(
-                f"{self.url}/{name} ends at byte {len(data)}, not at {offset_bytes + length_bytes}"
-            )
+            raise DamagedError(f"{self.url}/{name} ends at byte {len(data)}, not at {offset_bytes + length_bytes}")
         return data[offset_bytes : offset_bytes + length_bytes]
 
     def size(self, name: str) -> int:
@@ -44,9 +42,7 @@ class MemoryStore:
         if prefix:
             checked_name(prefix.removesuffix("/"))
         with self._lock:
-            found = sorted(
-                (name, len(data)) for name, data in self._objects.items() if name.startswith(prefix)
-            )
+            found = sorted((name, len(data)) for name, data in self._objects.items() if name.startswith(prefix))
         yield from found
 
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
