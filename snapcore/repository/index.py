@@ -1,7 +1,7 @@
 """Where every record lies: a look-up by id over all index objects, in bounded memory.
 
-Small index objects are kept whole, up to `RESIDENT_ENTRIES` entries (64 bytes each); of larger ones only the fences stay
-in memory and a look-up reads the 64 entries behind one. What the own session has stored since its last index
+Small index objects are kept whole, up to `RESIDENT_ENTRIES` entries (64 bytes each); of larger ones only the fences
+stay in memory and a look-up reads the 64 entries behind one. What the own session has stored since its last index
 object is in a dict. Reading is safe from many threads; `add` belongs to one.
 
 What cannot be read counts as missing, so that it is stored again: records that a verify marked as damaged, records of packs
@@ -90,9 +90,7 @@ class _Resident:
         found = self._table
         return _matches(found.entries, row, wanted, key, found.packs, found.bases, self.first_slot, bad)
 
-    def find_many(
-        self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable
-    ) -> None:
+    def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable) -> None:
         """Fill in where `places` is still None; one search for all keys."""
         if self.entries == 0:
             return
@@ -171,9 +169,7 @@ class _Paged:
             yield from _matches(page, row, wanted, key, self._packs, self._bases, slot, bad)
             number += 1
 
-    def find_many(
-        self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable
-    ) -> None:
+    def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable) -> None:
         """Fill in where `places` is still None; a page a look-up."""
         del keys
         for number, place in enumerate(places):
@@ -314,7 +310,26 @@ class Index:
             yield from part.places(record_id, self._bad)
 
     def find_many(self, ids: Ids) -> list[Place | None]:
-        """Where records lie, in the order of `ids` (V32 array of shape (n,))."""
+        """Where records lie, in the order of `ids` (V32 array of shape (n,)); see `find`."""
+        places = self._first_places(ids)
+        bases = list({place.base for place in places if place is not None and place.base is not None})
+        if bases:
+            full = self.find_many_full(table.ids_of(b"".join(bases)))
+            lost = {base for base, place in zip(bases, full, strict=True) if place is None}
+            for number, place in enumerate(places):
+                if place is not None and place.base in lost:
+                    places[number] = self.find(ids[number].tobytes())
+        return places
+
+    def find_many_full(self, ids: Ids) -> list[Place | None]:
+        """Where records lie in full, in the order of `ids`; see `find_full`."""
+        places = self._first_places(ids)
+        for number, place in enumerate(places):
+            if place is not None and place.base is not None:
+                places[number] = self.find_full(ids[number].tobytes())
+        return places
+
+    def _first_places(self, ids: Ids) -> list[Place | None]:
         places: list[Place | None] = [None] * len(ids)
         if self._new:
             for number, record_id in enumerate(ids):
@@ -322,14 +337,6 @@ class Index:
         keys = table.id_keys(ids)
         for part in self._parts:
             part.find_many(ids, keys, places, self._bad)
-        whole: dict[bytes, bool] = {}
-        for number, place in enumerate(places):
-            if place is None or place.base is None:
-                continue
-            if place.base not in whole:
-                whole[place.base] = self.find_full(place.base) is not None
-            if not whole[place.base]:
-                places[number] = self.find(ids[number].tobytes())
         return places
 
     def packs(self) -> set[bytes]:
@@ -371,5 +378,3 @@ def unindexed_packs(store: Store, known: set[bytes]) -> list[tuple[bytes, int]]:
         if len(pack_id) == PACK_ID_BYTES and pack_id not in known:
             found.append((pack_id, size_bytes))
     return found
-
-
