@@ -1,7 +1,10 @@
 """Which records snapshots reach: one mark a record, set by walking trees, shared subtrees once.
 
-What collection, metering and "what would I gain by deleting this" ask for. Memory: one byte an index entry and the
+What collection, metering and "what would I gain by deleting this" ask for. Memory: two bytes an index entry and the
 columns of the entries.
+
+A record is reached in two ways: as itself, and then all below it is reached too, or as the base of a patch, and then
+nothing below it is. A node that was met as a base first is still walked when a snapshot reaches it as itself.
 """
 
 from __future__ import annotations
@@ -45,6 +48,14 @@ class Marks:
         self._objects = objects
         self._index: Index = objects.index
         self.reached: npt.NDArray[np.bool] = np.zeros(self._index.slots, dtype=np.bool)
+        self._walked: npt.NDArray[np.bool] = np.zeros(self._index.slots, dtype=np.bool)
+
+    def copy(self) -> Marks:
+        """The same marks, to be added to on their own."""
+        other = Marks(self._objects)
+        other.reached[:] = self.reached
+        other._walked[:] = self._walked
+        return other
 
     def add(self, snapshot: Manifest) -> None:
         """Mark everything that a snapshot reaches.
@@ -69,7 +80,7 @@ class Marks:
             level -= 1
 
     def _new(self, kind: RecordKind, ids: Iterable[bytes], snapshot: Manifest) -> list[bytes]:
-        """Mark records; returns those that were not marked before, in a fixed order."""
+        """Mark records; returns those below which nothing was marked before, in a fixed order."""
         found = []
         for object_id in sorted(ids):
             place = self._index.find(object_id)
@@ -82,14 +93,19 @@ class Marks:
             self._mark(RecordKind.CHUNK, ids[number].tobytes(), place, snapshot)
 
     def _mark(self, kind: RecordKind, object_id: bytes, place: Place | None, snapshot: Manifest) -> bool:
+        slot = self._reach(kind, object_id, place, snapshot)
+        if self._walked[slot]:
+            return False
+        self._walked[slot] = True
+        if place is not None and place.base is not None:
+            self._reach(kind, place.base, self._index.find_full(place.base), snapshot)
+        return True
+
+    def _reach(self, kind: RecordKind, object_id: bytes, place: Place | None, snapshot: Manifest) -> int:
         if place is None or place.kind != kind:
             raise DamagedError(f"snapshot {snapshot.id} of {snapshot.disk}: {missing(kind, object_id)}")
-        if self.reached[place.slot]:
-            return False
         self.reached[place.slot] = True
-        if place.base is not None:
-            self._mark(kind, place.base, self._index.find_full(place.base), snapshot)
-        return True
+        return place.slot
 
     def usage(self, chosen: npt.NDArray[np.bool]) -> Usage:
         """Sizes of the records that are chosen, by slot."""
@@ -107,8 +123,7 @@ def unique(objects: Objects, chosen: list[Manifest], others: list[Manifest]) -> 
     rest = Marks(objects)
     for snapshot in others:
         rest.add(snapshot)
-    mine = Marks(objects)
-    mine.reached[:] = rest.reached
+    mine = rest.copy()
     for snapshot in chosen:
         mine.add(snapshot)
     return mine.usage(mine.reached & ~rest.reached)
