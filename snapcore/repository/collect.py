@@ -74,9 +74,7 @@ class _Collection:
 
     def __init__(self, context: Context, snapshots: list[Manifest]) -> None:
         self._store = context.store
-        self._sizes = {
-            bytes.fromhex(name.removeprefix("packs/")): size_bytes for name, size_bytes in self._store.list("packs/")
-        }
+        self._sizes = pack.sizes(self._store)
         self._old_index = dict(self._store.list("index/"))
         known = context.index()
         adopted = self._adopt(known)
@@ -103,6 +101,8 @@ class _Collection:
 
     def run(self, progress: ProgressCallback | None) -> Collected:
         """Steps 4 to 7 of the write order."""
+        # A deletion whose process died may not be durable: its snapshot must not come back to find its packs gone.
+        self._store.settle("")
         live, garbage = self._record_bytes()
         dead = {pack_id for pack_id in self._sizes if live[pack_id] == 0}
         moved_from = self._to_rewrite(live, garbage)
@@ -183,7 +183,9 @@ class _Collection:
         raw = self._store.get_range(pack.name(pack_id), int(row["offset"]), int(row["stored"]))
         head = record.parse_header(raw, where)
         payload = raw[record.HEADER_BYTES :]
-        record.payload_plain(head, payload, pack.PACK_LIMIT_BYTES, where)
+        if head.id != row["key"].tobytes() + row["rest"].tobytes() or head.kind != row["kind"]:
+            raise DamagedError(f"{where}: the record of {head.id.hex()} is not the one that the index names")
+        record.payload_plain(head, payload, table.STORED_LIMIT_BYTES, where)
         base = None if row["base"] == NO_BASE else contents.bases[row["base"]].tobytes()
         kind = RecordKind(head.kind)
         return Record(

@@ -20,8 +20,9 @@ from importlib.metadata import version
 import numpy as np
 
 from snapcore import extents, scan
-from snapcore.errors import BusyError, DamagedError, Error, ExistsError, FencedError, SourceChangedError
+from snapcore.errors import BusyError, DamagedError, Error, ExistsError, FencedError, RefusedError, SourceChangedError
 from snapcore.extents import Extents
+from snapcore.persist import Buffer
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
 from snapcore.repository import damage, index, manifest, pack, session, tree
@@ -86,20 +87,23 @@ def create(
         gone = _look(context, own)
         job = _Job(context, source, request, parent, adopt=bool(gone))
         snapshot = job.run(object_name, progress, executor)
-        for dead in gone:
-            session.end(context.store, dead)
     except BaseException:
         _leave(context, own, job)
         raise
-    session.withdraw(context.store, own)
     job.close()
+    # The snapshot is there: sessions that cannot be removed now are ended by the next create or collect.
+    with contextlib.suppress(Error):
+        for dead in gone:
+            session.end(context.store, dead)
+    with contextlib.suppress(Error):
+        session.withdraw(context.store, own)
     return Created(snapshot, job.read_bytes, time.monotonic() - started)
 
 
 def newest(context: Context, disk: str) -> Manifest | None:
     """The last snapshot of a disk's chain."""
     for name in reversed(list(manifest.names(context.store, context.domain, disk))):
-        found = manifest.read(context.store, name, context.domain)
+        found = manifest.read(context.store, name, context.domain, context.config.chunk_bytes)
         if found is not None:
             return found
     return None
@@ -111,15 +115,23 @@ def _register(context: Context, request: Request) -> tuple[Session, str, Manifes
         last = newest(context, request.disk)
         parent = request.parent or last
         sequence = 1 + (last.sequence if last else 0)
+        if sequence > manifest.SEQUENCE_LIMIT:
+            raise RefusedError(f"the chain of {request.disk} has no number left; go on under another disk's name")
         name = manifest.name(context.domain, request.disk, sequence, secrets.token_hex(16))
         own = session.register(context.store, session.CREATE, name)
-        if parent is None:
-            return own, name, None
-        parent_name = manifest.name(context.domain, parent.disk, parent.sequence, parent.id)
-        if manifest.read(context.store, parent_name, context.domain) is not None:
-            return own, name, parent
+        try:
+            if parent is None or _is_there(context, parent):
+                return own, name, parent
+        except BaseException:
+            _leave(context, own, None)
+            raise
         session.withdraw(context.store, own)
     raise BusyError(f"snapshots of {request.disk} are being deleted; try again when that is done")
+
+
+def _is_there(context: Context, snapshot: Manifest) -> bool:
+    name = manifest.name(context.domain, snapshot.disk, snapshot.sequence, snapshot.id)
+    return manifest.read(context.store, name, context.domain, context.config.chunk_bytes) is not None
 
 
 def _look(context: Context, own: Session) -> list[Session]:
@@ -163,7 +175,11 @@ class _Job:
         self._storer = Storer(context.store, known, self._objects, reader, self._compression)
         if adopt:
             self._adopt(known)
+        # What other writers published, dead ones included, may not be durable yet, and this snapshot will rely on it.
+        context.store.settle("packs/")
+        context.store.settle("index/")
         self._hints = Hints(context.config.id, context.domain.disk_tag(request.disk), self._chunk_bytes)
+        self._lost_nodes: set[bytes] = set()
         self._suspect = self._damaged_in_parent(known, {bytes.fromhex(bad.id) for bad in marked})
         self._fallback_reason = self._why_more()
 
@@ -181,9 +197,17 @@ class _Job:
         if self._parent is None or not missing:
             return extents.empty()
         ranges: list[tuple[int, int]] = []
+
+        def load(node_id: bytes) -> Buffer:
+            try:
+                return self._objects.node(node_id)
+            except DamagedError:
+                self._lost_nodes.add(node_id)
+                raise
+
         walk = tree.leaves(
             self._parent.tree,
-            self._objects.node,
+            load,
             damaged=lambda first, count, _: ranges.append((first, count)),
         )
         for first, leaf in walk:
@@ -227,7 +251,7 @@ class _Job:
             suspect=self._suspect,
             compression=self._compression,
         )
-        base = tree.fitted(old, levels, self._objects.node, self._storer.put_node) if parent else Root(ZERO_ID, levels)
+        base = tree.fitted(old, levels, self._node_or_nothing, self._storer.put_node) if parent else Root(ZERO_ID, levels)
         writer = TreeWriter(base, self._node_or_nothing, self._storer.put_node)
         if changed is None:
             self._hints.begin_new()
@@ -247,7 +271,11 @@ class _Job:
         root = writer.finish()
         self._source.check_unchanged()
         self._storer.finish()
-        written_before = parent.written_bytes if parent else 0
+        written_bytes = (parent.written_bytes if parent else 0) + totals.more_chunks * self._chunk_bytes
+        if self._lost_nodes:
+            # What was below them before is unknown, so the difference is as well.
+            leaves = tree.leaves(root, self._objects.node)
+            written_bytes = sum(len(tree.used_slots(leaf)) for _, leaf in leaves) * self._chunk_bytes
         snapshot = Manifest(
             id=manifest.id_in(object_name),
             disk=request.disk,
@@ -258,7 +286,7 @@ class _Job:
             chunk_bytes=self._chunk_bytes,
             levels=root.levels,
             root=root.id.hex(),
-            written_bytes=max(0, written_before + totals.more_chunks * self._chunk_bytes),
+            written_bytes=max(0, written_bytes),
             changed_bytes=totals.changed_chunks * self._chunk_bytes,
             new_bytes=self._storer.new_bytes,
             stored_bytes=self._storer.stored_bytes,
@@ -272,12 +300,13 @@ class _Job:
         self._hints.finish(snapshot.id, self._chunks)
         return snapshot
 
-    def _node_or_nothing(self, object_id: bytes) -> bytes | bytearray | memoryview:
+    def _node_or_nothing(self, object_id: bytes) -> Buffer:
         """A node of the parent; an empty one where it is damaged, for then all below it is written anew."""
         try:
             return self._objects.node(object_id)
         except DamagedError:
-            if len(self._suspect) == 0:
+            # Any other node may be well the next time: what lies below it is not written anew.
+            if object_id not in self._lost_nodes:
                 raise
             return bytes(tree.NODE_BYTES)
 

@@ -7,13 +7,14 @@ secret seed, equals the one recorded. Zero stands for "zero chunk or unknown" an
 File, in the cache folder (`$XDG_CACHE_HOME/snapcore/hints/REPOSITORY-TAG`), little-endian: magic
 `SNAPHINT`, version (4), chunk size (4), repository id (16), snapshot id (16), seed (8), 8 zero bytes;
 then one 8-byte fingerprint a chunk, with holes where nothing is. A new file replaces the old by rename. When only
-changes are known it is edited in place, unbound from its snapshot first, durably, so that a crash leaves a
-file that belongs to none.
+changes are known it is edited in place under a lock, unbound from its snapshot first, durably, so that a crash leaves a
+file that belongs to none, and bound to the new one when all of it is durable.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import struct
@@ -55,6 +56,8 @@ class Hints:
         self.seed = secrets.randbits(64)
         with contextlib.suppress(OSError):
             self._old = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            # Who edits in place holds it alone: fingerprints of a snapshot to come are none of this one's.
+            fcntl.flock(self._old, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._load()
 
     def _load(self) -> None:
@@ -93,6 +96,10 @@ class Hints:
     def begin_edit(self) -> None:
         """Change single fingerprints; until `finish` the file belongs to no snapshot."""
         try:
+            fcntl.flock(self._old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.pread(self._old, _HEADER.size, 0) != self._header(bytes.fromhex(self.snapshot or "")):
+                # Another process edited it between the two locks: it speaks of that one's snapshot.
+                return
             os.pwrite(self._old, self._header(_UNBOUND), 0)
             os.fsync(self._old)
             self._new = os.dup(self._old)
@@ -122,6 +129,8 @@ class Hints:
             return
         try:
             os.ftruncate(self._new, _HEADER.size + chunks * 8)
+            # An old fingerprint under the new snapshot's name would hide a chunk that goes back to its old content.
+            os.fsync(self._new)
             os.pwrite(self._new, self._header(bytes.fromhex(snapshot)), 0)
             if self._new_path is not None:
                 os.replace(self._new_path, self._path)

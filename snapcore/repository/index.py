@@ -4,10 +4,10 @@ Small index objects are kept whole, up to `RESIDENT_ENTRIES` entries (64 bytes e
 stay in memory and a look-up reads the 64 entries behind one. What the own session has stored since its last index
 object is in a dict. Reading is safe from many threads; `add` belongs to one.
 
-What cannot be read counts as missing, so that it is stored again: records that a verify marked as damaged, records of packs
-that the store does not list, and patches whose base is nowhere in full. The latter two are no damage: a collection
-keeps packs that hold dead patches, and a writer whose session was ended may write its index object after its
-packs, or the bases of its patches, were collected.
+What cannot be read counts as missing, so that it is stored again: records that a verify marked as damaged,
+records of packs that the store does not list, and patches whose base is nowhere in full. The latter two are no
+damage: a collection keeps packs that hold dead patches, and a writer whose session was ended may write its index
+object after its packs, or the bases of its patches, were collected.
 """
 
 from __future__ import annotations

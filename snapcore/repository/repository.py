@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from snapcore import extents
-from snapcore.errors import NotFoundError, UsageError
+from snapcore.errors import DamagedError, NotFoundError, ReadError, UnsupportedFormatError, UsageError
 from snapcore.extents import Extents
 from snapcore.persist import Medium
 from snapcore.progress import ProgressCallback
@@ -175,11 +176,14 @@ class Repository:
     def snapshots(self, disk: str | None = None) -> list[Manifest]:
         """All snapshots, or those of one disk: by disk, in the order of the chain."""
         names = manifest.names(self._context.store, self._context.domain, disk)
-        found = [manifest.read(self._context.store, name, self._context.domain) for name in names]
+        found = [self._manifest(name) for name in names]
         return sorted(
             (item for item in found if item is not None),
             key=lambda item: (item.disk, item.sequence, item.created, item.id),
         )
+
+    def _manifest(self, name: str) -> Manifest | None:
+        return manifest.read(self._context.store, name, self._context.domain, self.chunk_bytes)
 
     def find(self, snapshot: SnapshotLike) -> Manifest:
         """The snapshot of an id, of the beginning of one (from 4 digits on) or of a label, when only one has it."""
@@ -192,7 +196,7 @@ class Repository:
             matching = []
         found = [
             item
-            for item in (manifest.read(self._context.store, name, self._context.domain) for name in matching)
+            for item in (self._manifest(name) for name in matching)
             if item is not None
         ]
         if not found:
@@ -213,7 +217,7 @@ class Repository:
         old, new = self.find(a), self.find(b)
         objects = self._context.objects()
         parts = [np.empty(0, dtype=np.int64)]
-        for first, (leaf_a, leaf_b) in tree.differing(objects.node, old.tree, new.tree):
+        for first, (leaf_a, leaf_b) in tree.differing(objects.node, old.tree, new.tree, stop=max(old.chunks, new.chunks)):
             parts.append(first + np.flatnonzero((leaf_a != leaf_b).any(axis=1)))
         return extents.from_blocks(np.concatenate(parts), self.chunk_bytes, max(old.size_bytes, new.size_bytes))
 
@@ -289,8 +293,15 @@ class Repository:
         if not _ID_PART.fullmatch(wanted) or len(names) != 1:
             found = self.find(snapshot)
             names = [manifest.name(self._context.domain, found.disk, found.sequence, found.id)]
+        self._refuse_tombstone(names[0])
         self._context.store.delete(names[0])
         return manifest.id_in(names[0])
+
+    def _refuse_tombstone(self, name: str) -> None:
+        """NotFoundError for a name that fences a writer: without the tombstone it could commit after all."""
+        with contextlib.suppress(DamagedError, UnsupportedFormatError, ReadError):
+            if self._manifest(name) is None:
+                raise NotFoundError(f"{self.url} has no snapshot {manifest.id_in(name)}; it was never committed")
 
     def collect(self, *, progress: ProgressCallback | None = None) -> Collected:
         """Free what no snapshot reaches.

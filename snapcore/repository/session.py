@@ -88,7 +88,12 @@ def register(store: Store, work: str, manifest_name: str | None = None) -> Sessi
     )
     body = msgspec.json.encode(session)
     _own.add(session.id)
-    store.put_new(session.name, [envelope.sealed(Kind.SESSION, bytes.fromhex(session.id), body)])
+    try:
+        store.put_new(session.name, [envelope.sealed(Kind.SESSION, bytes.fromhex(session.id), body)])
+    except BaseException:
+        # It may be there all the same: the next one ends it.
+        abandon(session)
+        raise
     return session
 
 
@@ -106,7 +111,10 @@ def sessions(store: Store) -> list[Session]:
         except ValueError as error:
             raise DamagedError(f"{where} is no name of a session; remove it") from error
         envelope.expect(kind, Kind.SESSION, where)
-        found.append(envelope.from_json(body, Session, where))
+        session = envelope.from_json(body, Session, where)
+        if session.name != name or not (session.manifest is None or manifest.is_name(session.manifest)):
+            raise DamagedError(f"{where} has members that contradict its name or name no snapshot; remove it")
+        found.append(session)
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from snapcore import extents
-from snapcore.errors import DamagedError, Error, NotFoundError, ReadError, UnsupportedFormatError
+from snapcore.errors import DamagedError, Error, MissingObjectError, NotFoundError, ReadError, UnsupportedFormatError
 from snapcore.extents import Extents
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
@@ -109,13 +109,15 @@ class _Task:
 
 @dataclass(slots=True)
 class _Report:
-    """What became of one pack."""
+    """What became of one pack. Lost is what no snapshot may need: of packs that are gone, patches without a base."""
 
     size_bytes: int = 0
     records: int = 0
     plain_bytes: int = 0
     bad: list[Bad] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    lost: list[Bad] = field(default_factory=list)
+    lost_problems: list[Problem] = field(default_factory=list)
 
 
 def verify(context: Context, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
@@ -135,7 +137,6 @@ def verify(context: Context, progress: ProgressCallback | None = None, executor:
             reports.append(report)
             problems += report.problems
     bad = [row for report in reports for row in report.bad]
-    marked = _mark(context, bad, problems)
     rest = Objects(
         context.store,
         Index.load(context.store, damage.places(bad), damaged=lambda *_: None),
@@ -143,6 +144,11 @@ def verify(context: Context, progress: ProgressCallback | None = None, executor:
         context.config.chunk_bytes,
     )
     hits = list(_hits(snapshots, rest))
+    if hits:
+        # Only then is it damage: see the index on entries that lead nowhere.
+        bad += [row for report in reports for row in report.lost]
+        problems += [problem for report in reports for problem in report.lost_problems]
+    marked = _mark(context, bad, problems)
     return Verified(
         len(snapshots),
         len(tasks),
@@ -161,7 +167,7 @@ def _snapshots(context: Context, problems: list[Problem]) -> list[Manifest]:
     found = []
     for name, _ in list(context.store.list(manifest.PREFIX)):
         try:
-            read = manifest.read(context.store, name, context.domain)
+            read = manifest.read(context.store, name, context.domain, context.config.chunk_bytes)
         except (DamagedError, UnsupportedFormatError, ReadError, ValueError) as error:
             problems.append(Problem(name, f"this snapshot is lost: {error}"))
         else:
@@ -193,18 +199,25 @@ class _CheckPack:
         name = pack.name(task.pack_id)
         report = _Report(size_bytes=task.size_bytes or 0)
         right: set[tuple[int, bytes]] = set()
+        baseless: set[tuple[int, bytes]] = set()
         try:
             if task.size_bytes is None:
                 raise NotFoundError(f"the pack {name} is gone")
             data = self._store.get(name, pack.PACK_LIMIT_BYTES)
-        except (NotFoundError, ReadError, DamagedError) as error:
+        except NotFoundError as error:
+            report.lost_problems.append(Problem(name, str(error)))
+            for entries in task.entries:
+                self._compare(entries, task.pack_id, right, report.lost, report.lost_problems)
+            return report
+        except (ReadError, DamagedError) as error:
             report.problems.append(Problem(name, str(error)))
             right = self._one_by_one(task, report) if isinstance(error, ReadError) else right
         else:
             self._check_frame(data, task.pack_id, report)
-            self._check_records(data, name, report, right)
+            self._check_records(data, name, report, right, baseless)
         for entries in task.entries:
-            self._compare(entries, task.pack_id, right, report)
+            self._compare(entries, task.pack_id, right | baseless, report.bad, report.problems)
+        report.lost += [Bad(pack=task.pack_id.hex(), offset=offset, id=lost.hex()) for offset, lost in sorted(baseless)]
         return report
 
     def _check_frame(self, data: bytes, pack_id: bytes, report: _Report) -> None:
@@ -218,7 +231,14 @@ class _CheckPack:
         except (DamagedError, UnsupportedFormatError) as error:
             report.problems.append(Problem(name, str(error)))
 
-    def _check_records(self, data: bytes, name: str, report: _Report, right: set[tuple[int, bytes]]) -> None:
+    def _check_records(
+        self,
+        data: bytes,
+        name: str,
+        report: _Report,
+        right: set[tuple[int, bytes]],
+        baseless: set[tuple[int, bytes]],
+    ) -> None:
         for found in pack.records(data, name):
             where = f"{name} at {found.offset_bytes}"
             head = found.header
@@ -227,6 +247,9 @@ class _CheckPack:
             elif head.kind != RecordKind.DIRECTORY:
                 try:
                     self._objects.checked(head.kind, head, found.payload, where)
+                except MissingObjectError as error:
+                    baseless.add((found.offset_bytes, head.id))
+                    report.lost_problems.append(Problem(where, str(error)))
                 except DamagedError as error:
                     report.problems.append(Problem(where, str(error)))
                 else:
@@ -252,14 +275,16 @@ class _CheckPack:
         return right
 
     @staticmethod
-    def _compare(entries: Entries, pack_id: bytes, right: set[tuple[int, bytes]], report: _Report) -> None:
+    def _compare(
+        entries: Entries, pack_id: bytes, right: set[tuple[int, bytes]], bad: list[Bad], problems: list[Problem]
+    ) -> None:
         """Index entries that lead to no good record are bad."""
         offsets = entries["offset"].tolist()
         for object_id, offset in zip(entry_ids(entries), offsets, strict=True):
             if (offset, object_id.tobytes()) not in right:
                 where = f"{pack.name(pack_id)} at {offset}"
-                report.bad.append(Bad(pack=pack_id.hex(), offset=offset, id=object_id.tobytes().hex()))
-                report.problems.append(Problem(where, f"no readable record of {object_id.tobytes().hex()}"))
+                bad.append(Bad(pack=pack_id.hex(), offset=offset, id=object_id.tobytes().hex()))
+                problems.append(Problem(where, f"no readable record of {object_id.tobytes().hex()}"))
 
 
 class _InMemory:

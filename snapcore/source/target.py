@@ -176,7 +176,7 @@ def open_target(
                 f"{path} exists already; restore to another name, or write what differs into it with --in-place"
             )
         working, flags = path + PARTIAL, os.O_RDWR | os.O_CREAT
-    with _opened(working, flags) as descriptor:
+    with _opened(working, flags, medium) as descriptor:
         fresh = _prepare(working, descriptor, size_bytes, medium)
         target = RawTarget(working, descriptor, size_bytes, fresh=fresh, medium=medium)
         try:
@@ -189,10 +189,10 @@ def open_target(
 
 
 @contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
+def _opened(path: str, flags: int, medium: Medium) -> Iterator[int]:
     """Descriptor of a locked target. RawTarget works on a duplicate, so that the lock outlives it."""
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        descriptor = _descriptor(path, flags, medium)
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no {path} to restore into") from error
     except OSError as error:
@@ -207,9 +207,30 @@ def _opened(path: str, flags: int) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise BusyError(f"another process holds {path}; wait for it or choose another target") from error
+        if not _stands_at(path, descriptor):
+            raise BusyError(f"another process has just finished {path}; start the restore again")
         yield os.dup(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _descriptor(path: str, flags: int, medium: Medium) -> int:
+    while True:
+        try:
+            return os.open(path, flags & ~os.O_CREAT | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if not flags & os.O_CREAT:
+                raise
+        with contextlib.suppress(FileExistsError):
+            return medium.create(path)
+
+
+def _stands_at(path: str, descriptor: int) -> bool:
+    """Whether the name is still that of the open file: a restore that ended before the lock was had gave it another."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _prepare(path: str, descriptor: int, size_bytes: int, medium: Medium) -> bool:

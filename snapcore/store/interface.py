@@ -56,6 +56,17 @@ class Deleter(Protocol):
         """Remove an object; durable on return. NotFoundError when there is none."""
 
 
+class Settler(Protocol):
+    """What others created or removed can be made durable."""
+
+    def settle(self, prefix: str) -> None:
+        """All that could be seen under `prefix` before the call, and what was seen to be gone, is durable on return.
+
+        Whoever creates sees an object the instant before it is durable, and a process may die in that instant: who
+        makes an object that relies on one of another process settles that first.
+        """
+
+
 class Sweeper(Protocol):
     """What interrupted creations left behind can be removed."""
 
@@ -63,7 +74,7 @@ class Sweeper(Protocol):
         """Remove what is no object and never will be; only while nobody creates. Returns the bytes freed."""
 
 
-class Store(Reader, Lister, Writer, Deleter, Sweeper, Protocol):
+class Store(Reader, Lister, Writer, Deleter, Settler, Sweeper, Protocol):
     """All of it, and a word for people about where it is."""
 
     @property

@@ -48,6 +48,10 @@ class LimitStore:
         with self._room:
             self._store.delete(name)
 
+    def settle(self, prefix: str) -> None:
+        with self._room:
+            self._store.settle(prefix)
+
     def sweep(self) -> int:
         with self._room:
             return self._store.sweep()

@@ -12,15 +12,18 @@ import errno
 import os
 import re
 import secrets
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from snapcore.errors import DamagedError, ExistsError, NotFoundError, ReadError, UsageError, from_os_error
+from snapcore.errors import DamagedError, ExistsError, NotFoundError, ReadError, StoreError, UsageError, from_os_error
 from snapcore.persist import Buffer, Medium
 
 _NAME = re.compile(r"[a-z0-9-]+(/[a-z0-9-]+)*")
 _OPEN_FILES = 64
+# Names have at most three parts.
+_DEPTH_LIMIT = 16
 _TEMPORARY = "tmp"
 
 
@@ -39,13 +42,15 @@ class LocalStore:
         self._medium = medium or Medium()
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
+        self._durable_folders: set[str] = set()
 
     @property
     def url(self) -> str:
         return self.folder
 
     def get(self, name: str, limit_bytes: int) -> bytes:
-        file = self._file(name)
+        # Never from the open files: whether the name is still there is what a caller may want to know.
+        file = _OpenFile(self._path(name))
         if file.size_bytes > limit_bytes:
             raise DamagedError(
                 f"{self._path(name)} has {file.size_bytes} bytes where {limit_bytes} are the most; "
@@ -57,7 +62,7 @@ class LocalStore:
         return self._file(name).read(offset_bytes, length_bytes)
 
     def size(self, name: str) -> int:
-        return self._file(name).size_bytes
+        return _OpenFile(self._path(name)).size_bytes
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         if prefix:
@@ -76,6 +81,8 @@ class LocalStore:
             if prefix == "" and entry.name == _TEMPORARY:
                 continue
             if entry.is_dir(follow_symlinks=False):
+                if prefix.count("/") >= _DEPTH_LIMIT:
+                    raise StoreError(f"folders lie too deep in {os.path.join(self.folder, prefix)}; remove them")
                 yield from self._walk(f"{prefix}{entry.name}/")
             elif entry.is_file(follow_symlinks=False) and _NAME.fullmatch(entry.name):
                 try:
@@ -85,26 +92,35 @@ class LocalStore:
 
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
         path = self._path(name)
-        temporary = os.path.join(self.folder, _TEMPORARY, secrets.token_hex(16))
         try:
-            self._make_folders(os.path.dirname(path))
-            self._make_folders(os.path.dirname(temporary))
-            descriptor = self._medium.create(temporary)
             try:
-                try:
-                    size_bytes = self._medium.write_at(descriptor, buffers, 0)
-                    self._medium.sync(descriptor)
-                finally:
-                    self._medium.close(descriptor)
-                self._medium.link(temporary, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    self._medium.unlink(temporary)
-            self._medium.sync_folder(os.path.dirname(path))
+                return self._publish(path, buffers)
+            except FileNotFoundError:
+                # The temporary file was swept by a collector that this writer is about to meet, or a folder is gone.
+                with self._lock:
+                    self._durable_folders.clear()
+                return self._publish(path, buffers)
         except FileExistsError as error:
             raise ExistsError(f"{path} exists already") from error
         except OSError as error:
             raise from_os_error(error, f"writing {path}") from error
+
+    def _publish(self, path: str, buffers: Sequence[Buffer]) -> int:
+        temporary = os.path.join(self.folder, _TEMPORARY, secrets.token_hex(16))
+        self._make_folders(os.path.dirname(path))
+        self._make_folders(os.path.dirname(temporary))
+        descriptor = self._medium.create(temporary)
+        try:
+            try:
+                size_bytes = self._medium.write_at(descriptor, buffers, 0)
+                self._medium.sync(descriptor)
+            finally:
+                self._medium.close(descriptor)
+            self._medium.link(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                self._medium.unlink(temporary)
+        self._medium.sync_folder(os.path.dirname(path))
         return size_bytes
 
     def delete(self, name: str) -> None:
@@ -112,11 +128,27 @@ class LocalStore:
         try:
             self._medium.unlink(path)
             self._medium.sync_folder(os.path.dirname(path))
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise NotFoundError(f"there is no object {path}") from error
         except OSError as error:
             raise from_os_error(error, f"removing {path}") from error
         finally:
             with self._lock:
                 self._open.pop(name, None)
+
+    def settle(self, prefix: str) -> None:
+        folder = os.path.join(self.folder, prefix)
+        try:
+            with os.scandir(folder) as entries:
+                below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for name in below:
+                if prefix or name != _TEMPORARY:
+                    self.settle(f"{prefix}{name}/")
+            self._medium.sync_folder(folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise from_os_error(error, f"syncing {folder}") from error
 
     def sweep(self) -> int:
         """Remove what crashes left in `tmp/`; only while nobody writes. Returns the bytes freed."""
@@ -124,8 +156,10 @@ class LocalStore:
         freed_bytes = 0
         try:
             for entry in list(os.scandir(folder)):
-                freed_bytes += entry.stat(follow_symlinks=False).st_size
+                status = entry.stat(follow_symlinks=False)
                 self._medium.unlink(entry.path)
+                # With a second name it is an object whose writer died right after the publication.
+                freed_bytes += status.st_size if status.st_nlink == 1 else 0
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -136,10 +170,26 @@ class LocalStore:
         return os.path.join(self.folder, checked_name(name))
 
     def _make_folders(self, path: str) -> None:
-        if os.path.isdir(path):
-            return
+        """Make a folder and its parents, durably: one that is there may have been made by who died before its sync."""
+        with self._lock:
+            if path in self._durable_folders:
+                return
         parent = os.path.dirname(path)
-        self._make_folders(parent)
+        if path == self.folder:
+            if not os.path.isdir(path):
+                self._make_outer(path)
+        else:
+            self._make_folders(parent)
+            self._medium.make_folder(path)
+            self._medium.sync_folder(parent)
+        with self._lock:
+            self._durable_folders.add(path)
+
+    def _make_outer(self, path: str) -> None:
+        """Make the store's folder and what is missing above it."""
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent):
+            self._make_outer(parent)
         self._medium.make_folder(path)
         self._medium.sync_folder(parent)
 
@@ -168,15 +218,20 @@ class _OpenFile:
         self.descriptor = -1
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size_bytes = os.fstat(self.descriptor).st_size
-        except FileNotFoundError as error:
+            found = os.fstat(self.descriptor)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"there is no {path}") from error
         except OSError as error:
             raise from_os_error(error, f"opening {path}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise NotFoundError(f"there is no object {path}")
+        self.size_bytes = found.st_size
 
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         if offset_bytes < 0 or length_bytes < 0:
             raise UsageError(f"offset {offset_bytes} or length {length_bytes} is negative")
+        if length_bytes > self.size_bytes - offset_bytes:
+            raise self._ends_early(offset_bytes, length_bytes)
         parts = []
         while length_bytes:
             try:
@@ -187,14 +242,17 @@ class _OpenFile:
                 reason = error.strerror or str(error)
                 raise ReadError(self.path, offset_bytes, length_bytes, code, reason) from error
             if not part:
-                raise DamagedError(
-                    f"{self.path} ends at byte {offset_bytes}, {length_bytes} more were expected; "
-                    "run `snapcore verify` on the repository"
-                )
+                raise self._ends_early(offset_bytes, length_bytes)
             parts.append(part)
             offset_bytes += len(part)
             length_bytes -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _ends_early(self, offset_bytes: int, length_bytes: int) -> DamagedError:
+        return DamagedError(
+            f"{self.path} ends before byte {offset_bytes + length_bytes}, where {length_bytes} bytes from "
+            f"{offset_bytes} on were expected; run `snapcore verify` on the repository"
+        )
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

@@ -58,6 +58,9 @@ class MemoryStore:
             if self._objects.pop(checked_name(name), None) is None:
                 raise NotFoundError(f"there is no {self.url}/{name}")
 
+    def settle(self, prefix: str) -> None:
+        del prefix
+
     def sweep(self) -> int:
         return 0
 

@@ -2,8 +2,9 @@
 
 Only errors of the store itself are tried again (StoreError and ReadError), with random waits that grow, within one
 time budget for the whole call. NotFoundError, ExistsError, OutOfSpaceError and DamagedError are answers
-and not faults. A creation whose answer was lost may have succeeded: when the name is taken after a failed try, the
-object is compared with what was to be written.
+and not faults. A creation whose answer was lost may have succeeded: when the name is taken after a failed try,
+the object is compared with what was to be written. So may a removal: a name that is gone after a failed try is
+what was asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 import tenacity
 
-from snapcore.errors import ExistsError, ReadError, StoreError
+from snapcore.errors import ExistsError, NotFoundError, ReadError, StoreError
 from snapcore.persist import Buffer
 from snapcore.store.interface import Store
 
@@ -60,7 +61,7 @@ class RetryStore:
                 return self._store.put_new(name, buffers)
             except ExistsError:
                 wanted = b"".join(buffers)
-                if failed_before and self._store.get(name, len(wanted)) == wanted:
+                if failed_before and self._holds(name, wanted):
                     return len(wanted)
                 raise
             except StoreError:
@@ -69,8 +70,30 @@ class RetryStore:
 
         return self._ask(create)
 
+    def _holds(self, name: str, wanted: bytes) -> bool:
+        try:
+            return self._store.size(name) == len(wanted) and self._store.get(name, len(wanted)) == wanted
+        except NotFoundError:
+            return False
+
     def delete(self, name: str) -> None:
-        self._ask(lambda: self._store.delete(name))
+        failed_before = False
+
+        def remove() -> None:
+            nonlocal failed_before
+            try:
+                self._store.delete(name)
+            except NotFoundError:
+                if not failed_before:
+                    raise
+            except StoreError:
+                failed_before = True
+                raise
+
+        self._ask(remove)
+
+    def settle(self, prefix: str) -> None:
+        self._ask(lambda: self._store.settle(prefix))
 
     def sweep(self) -> int:
         return self._ask(self._store.sweep)
