@@ -1,0 +1,221 @@
+"""The command line: what it prints for people and for programs, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapcore.cli import main
+
+CHUNK = 64 << 10
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in this process; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["snapcore", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(random.Random(1).randbytes(4 * CHUNK) + bytes(4 * CHUNK) + random.Random(2).randbytes(CHUNK // 2))
+    return path
+
+
+@pytest.fixture
+def taken(run: Run, image: Path) -> list[dict[str, Any]]:
+    """A repository `repo` with two snapshots of one disk, the second one with one changed page."""
+    assert run("repo", "init", "repo")[0] == 0
+    found = []
+    for generation in range(2):
+        if generation:
+            with open(image, "r+b") as file:
+                file.seek(CHUNK + 4096)
+                file.write(b"changed")
+        code, out, err = run("snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--json")
+        assert (code, err) == (0, "")
+        found.append(json.loads(out))
+    return found
+
+
+def test_create_reports_what_it_read_changed_and_stored(taken: list[dict[str, Any]], image: Path) -> None:
+    first, second = taken
+    assert first["size_bytes"] == image.stat().st_size
+    assert first["written_bytes"] == 5 * CHUNK
+    assert first["parent"] is None and second["parent"] == first["id"]
+    assert second["changed_bytes"] == CHUNK
+    assert second["new_bytes"] < CHUNK / 2
+    assert 0 < second["stored_bytes"] < first["stored_bytes"]
+    assert second["fallback_reason"] is None
+    assert second["duration_s"] > 0
+
+
+def test_list_prints_one_object_a_line_in_the_order_of_the_chain(run: Run, taken: list[dict[str, Any]]) -> None:
+    code, out, _ = run("snapshot", "list", "-r", "repo", "--json")
+    assert code == 0
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [item["id"] for item in taken]
+    code, out, _ = run("snapshot", "list", "-r", "repo", "--disk", "other")
+    assert code == 0 and len(out.splitlines()) == 1
+
+
+def test_the_repository_comes_from_the_environment_too(
+    run: Run, taken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SNAPCORE_REPO", "repo")
+    assert run("snapshot", "list")[0] == 0
+    assert run("repo", "info")[0] == 0
+
+
+def test_ids_may_be_shortened_and_labels_used(run: Run, taken: list[dict[str, Any]], image: Path) -> None:
+    assert run("snapshot", "show", taken[0]["id"][:8], "-r", "repo")[0] == 0
+    assert run("snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--name", "before upgrade")[0] == 0
+    code, out, _ = run("snapshot", "show", "before upgrade", "-r", "repo", "--json")
+    assert code == 0 and json.loads(out)["label"] == "before upgrade"
+    assert run("snapshot", "show", "nothing of the kind", "-r", "repo")[0] == 1
+
+
+def test_snapshot_diff_names_the_chunk_that_changed(run: Run, taken: list[dict[str, Any]]) -> None:
+    code, out, _ = run("snapshot", "diff", taken[0]["id"], taken[1]["id"], "-r", "repo", "--json")
+    assert code == 0
+    assert json.loads(out) == {"extents": [[CHUNK, CHUNK]]}
+
+
+def test_image_diff_names_the_block_that_changed(run: Run, image: Path) -> None:
+    other = image.with_name("other.img")
+    data = bytearray(image.read_bytes())
+    data[5000] ^= 1
+    other.write_bytes(data)
+    assert json.loads(run("diff", str(image), str(other), "--json")[1]) == {"extents": [[4096, 4096]]}
+    assert run("diff", str(image), str(other), "--block", "512")[1] == "4608 512\n"
+    assert run("diff", str(image), str(other), "--block", "1000")[0] == 2
+
+
+def test_a_diff_is_a_list_of_changes_for_the_next_snapshot(
+    run: Run, taken: list[dict[str, Any]], image: Path
+) -> None:
+    before = image.with_name("before.img")
+    before.write_bytes(image.read_bytes())
+    with open(image, "r+b") as file:
+        file.seek(3 * CHUNK)
+        file.write(b"x")
+    changes = image.with_name("changes.json")
+    changes.write_text(run("diff", str(before), str(image), "--json")[1])
+    code, out, _ = run(
+        "snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--changed", str(changes), "--json"
+    )
+    assert code == 0
+    assert (json.loads(out)["read_bytes"], json.loads(out)["changed_bytes"]) == (CHUNK, CHUNK)
+    assert run("restore", json.loads(out)["id"], "out.img", "-r", "repo")[0] == 0
+    assert Path("out.img").read_bytes() == image.read_bytes()
+
+
+def test_restore_writes_a_new_file_and_into_an_existing_one(
+    run: Run, taken: list[dict[str, Any]], image: Path
+) -> None:
+    code, out, _ = run("restore", taken[1]["id"], "out.img", "-r", "repo", "--json")
+    assert code == 0
+    assert Path("out.img").read_bytes() == image.read_bytes()
+    assert json.loads(out)["missing"] == []
+    code, _, err = run("restore", taken[0]["id"], "out.img", "-r", "repo")
+    assert code == 1 and "--in-place" in err
+    code, out, _ = run("restore", taken[0]["id"], "out.img", "-r", "repo", "--in-place", "--json")
+    assert code == 0 and json.loads(out)["written_bytes"] == 4096
+
+
+def test_delete_and_collect_free_space(run: Run, taken: list[dict[str, Any]]) -> None:
+    unique = json.loads(run("snapshot", "show", taken[0]["id"], "-r", "repo", "--json")[1])["unique_stored_bytes"]
+    code, out, _ = run("snapshot", "delete", taken[0]["id"], "-r", "repo", "--json")
+    assert code == 0 and json.loads(out) == {"deleted": taken[0]["id"]}
+    code, out, _ = run("repo", "collect", "repo", "--json")
+    assert code == 0 and json.loads(out)["live_bytes"] > 0
+    assert unique >= 0
+    assert json.loads(run("verify", "-r", "repo", "--json")[1])["ok"] is True
+    assert run("snapshot", "delete", taken[0]["id"], "-r", "repo")[0] == 1
+
+
+def test_verify_names_damage_and_fails(run: Run, taken: list[dict[str, Any]]) -> None:
+    packs = sorted(Path("repo/packs").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(packs[-1].read_bytes())
+    data[200] ^= 0x40
+    packs[-1].write_bytes(data)
+    code, out, _ = run("verify", "-r", "repo", "--json")
+    found = json.loads(out)
+    assert code == 1 and found["ok"] is False
+    assert {hit["snapshot"] for hit in found["hits"]} <= {item["id"] for item in taken}
+    assert found["hits"] and packs[-1].name in found["problems"][0]["where"]
+    code, out, _ = run("restore", taken[0]["id"], "out.img", "-r", "repo", "--allow-damaged", "--json")
+    assert code == 1 and json.loads(out)["missing"]
+
+
+def test_sessions_are_listed_and_ended(run: Run, taken: list[dict[str, Any]]) -> None:
+    assert run("repo", "sessions", "repo", "--json") == (0, "", "")
+    code, _, err = run("repo", "sessions", "repo", "--end", "abcd")
+    assert code == 1 and "abcd" in err
+
+
+def test_the_index_is_made_anew(run: Run, taken: list[dict[str, Any]], image: Path) -> None:
+    for path in Path("repo/index").iterdir():
+        path.unlink()
+    code, out, _ = run("repo", "rebuild-index", "repo", "--json")
+    assert code == 0 and json.loads(out)["entries"] > 0
+    assert run("restore", taken[1]["id"], "out.img", "-r", "repo")[0] == 0
+    assert Path("out.img").read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["repo", "init"], 2, "DIR"),
+        (["snapshot", "create", "x", "-r", "nowhere"], 2, "--disk"),
+        (["snapshot", "list", "-r", "nowhere"], 1, "snapcore repo init"),
+        (["repo", "init", "new", "--chunk-size", "5000"], 2, "power of two"),
+        (["repo", "init", "new", "--chunk-size", "lots"], 2, "no size"),
+        (["diff", "a", "b"], 1, "there is no image a"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_mistakes_are_told_on_standard_error(run: Run, arguments: list[str], code: int, says: str) -> None:
+    got, out, err = run(*arguments)
+    assert (got, out) == (code, "")
+    assert says in err
+
+
+def test_output_into_a_closed_pipe_ends_quietly(taken: list[dict[str, Any]], tmp_path: Path) -> None:
+    code = "import os,sys; sys.argv=['snapcore','snapshot','list','-r','repo','--json']; from snapcore.cli import main; main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_demo_shows_the_main_job(run: Run, image: Path) -> None:
+    code, out, err = run("demo", str(image), "--keep", "kept")
+    assert (code, err) == (0, "")
+    assert out.count("every byte is the same") == 2
+    assert "÷ cp" in out and "try next" in out
+    assert len(list(Path("kept/repo/snapshots").glob("*/*"))) == 2
