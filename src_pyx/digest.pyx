@@ -105,7 +105,7 @@ cdef int64_t xxh64_each(
 def xxh64_blocks(const uint8_t[::1] data not None, int64_t block_bytes, uint64_t seed=0):
     if block_bytes < 1:
         raise ValueError(f"block_bytes must be at least 1, not {block_bytes}")
-    out = np.empty((data.shape[0] + block_bytes - 1) // block_bytes, dtype=np.uint64)
+    out = np.empty(data.shape[0] // block_bytes + (data.shape[0] % block_bytes != 0), dtype=np.uint64)
     cdef uint64_t[::1] digests = out
     if data.shape[0]:
         with nogil:

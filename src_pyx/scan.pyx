@@ -7,7 +7,7 @@ for a bad sector under a mapping is a signal and not an error.
 """
 
 from libc.errno cimport EINVAL, ENOSYS, errno
-from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcmp, memcpy
 
 import os
@@ -111,12 +111,14 @@ cdef object _checked_block(int64_t block_bytes):
 
 
 cdef int64_t _blocks(const uint8_t[::1] data, int64_t block_bytes):
-    return (data.shape[0] + block_bytes - 1) // block_bytes
+    return data.shape[0] // block_bytes + (data.shape[0] % block_bytes != 0)
 
 
 cdef object _extents(uint8_t[::1] mask, uint8_t wanted, int64_t block_bytes, int64_t size_bytes, int64_t offset):
     cdef int64_t blocks = mask.shape[0]
     cdef int64_t count
+    if offset > INT64_MAX - size_bytes:
+        raise ValueError(f"{size_bytes} bytes from offset {offset} on end beyond 2**63 - 1")
     if blocks == 0:
         return np.empty((0, 2), dtype=np.int64)
     rows = np.empty(((blocks + 1) // 2, 2), dtype=np.int64)
@@ -169,7 +171,7 @@ def populate(const uint8_t[::1] mapped not None, int64_t offset, int64_t size_by
     cdef uintptr_t page = 4096
     if offset < 0 or size_bytes < 0 or offset > mapped.shape[0] or size_bytes > mapped.shape[0] - offset:
         raise ValueError(
-            f"bytes {offset} to {offset + size_bytes} are not within a mapping of {mapped.shape[0]} bytes"
+            f"{size_bytes} bytes from offset {offset} on are not within a mapping of {mapped.shape[0]} bytes"
         )
     if size_bytes == 0:
         return True

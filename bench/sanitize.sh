@@ -1,0 +1,45 @@
+#!/bin/sh
+# Runs the kernel tests with kernels built under gcc's address and undefined-behaviour sanitizers.
+#
+#   PYTHON=python3 bench/sanitize.sh [pytest arguments]
+#
+# The tree is copied to a scratch folder and built there: kernels in the checkout stay as they are. PYTHON (default:
+# python3) needs what building and testing need (the `test` extra). The first error ends the run.
+# Python itself is not instrumented, so the runtimes are preloaded, its own leaks are ignored, and its
+# allocator is malloc, so that a byte beyond a bytes object is seen.
+set -eu
+
+sanitizers=address,undefined
+python=$(command -v "${PYTHON:-python3}")
+root=$(cd "$(dirname "$0")/.." && pwd)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+cd "$root"
+cp -R --parents setup.py pyproject.toml README.md LICENSE src_pyx snapcore tests "$scratch"
+find "$scratch/snapcore" -name '*.so' -delete
+cd "$scratch"
+
+CC=${CC:-gcc}
+export CC
+CFLAGS="-fno-sanitize-recover=all" SNAPCORE_SANITIZE=$sanitizers "$python" setup.py -q build_ext --inplace
+
+runtimes="$("$CC" -print-file-name=libasan.so) $("$CC" -print-file-name=libubsan.so)"
+export LD_PRELOAD="$runtimes"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export PYTHONMALLOC=malloc
+export PYTHONDONTWRITEBYTECODE=1
+
+# What is tested is what was built here, and it is instrumented.
+"$python" - "$scratch" <<'CHECK'
+import sys
+from snapcore import digest, scan
+for kernel in (digest, scan):
+    assert kernel.__file__.startswith(sys.argv[1]), f"{kernel.__file__} is not the kernel that was built"
+    with open(kernel.__file__, "rb") as file:
+        code = file.read()
+    assert b"__asan_report" in code and b"__ubsan_handle" in code, f"{kernel.__file__} is not instrumented"
+CHECK
+
+"$python" -m pytest -q tests/kernels "$@"
