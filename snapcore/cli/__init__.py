@@ -12,10 +12,11 @@ import click
 
 from snapcore.cli import demo, diff, repo, restore, snapshot, verify
 from snapcore.errors import Error, UsageError
+from snapcore.version import VERSION
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="snapcore")
+@click.version_option(VERSION)
 def root() -> None:
     """Snapshots of disk images: full, then changed blocks only; any can be deleted, any restores the whole disk."""
 

@@ -15,15 +15,14 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 
 import numpy as np
 
 from snapcore import extents, scan
 from snapcore.errors import BusyError, DamagedError, Error, ExistsError, FencedError, RefusedError, SourceChangedError
 from snapcore.extents import Extents
-from snapcore.persist import Buffer
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
+from snapcore.persist import Buffer
 from snapcore.progress import Meter, ProgressCallback
 from snapcore.repository import damage, index, manifest, pack, session, tree
 from snapcore.repository.context import Context
@@ -37,6 +36,7 @@ from snapcore.repository.session import Session
 from snapcore.repository.storer import PendingReader, Storer
 from snapcore.repository.tree import EMPTY, FANOUT, Root, TreeWriter
 from snapcore.source import Source
+from snapcore.version import VERSION
 
 _CHECKED_SHARE = 0.001
 _CHECKED_AT_LEAST = 16
@@ -251,7 +251,9 @@ class _Job:
             suspect=self._suspect,
             compression=self._compression,
         )
-        base = tree.fitted(old, levels, self._node_or_nothing, self._storer.put_node) if parent else Root(ZERO_ID, levels)
+        base = (
+            tree.fitted(old, levels, self._node_or_nothing, self._storer.put_node) if parent else Root(ZERO_ID, levels)
+        )
         writer = TreeWriter(base, self._node_or_nothing, self._storer.put_node)
         if changed is None:
             self._hints.begin_new()
@@ -294,7 +296,7 @@ class _Job:
             label=request.label,
             tags=request.tags or {},
             source=self._source.name,
-            software=f"snapcore {version('snapcore')}",
+            software=f"snapcore {VERSION}",
         )
         self._commit(object_name, snapshot)
         self._hints.finish(snapshot.id, self._chunks)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 from datetime import UTC, datetime
 from functools import cache
 
@@ -80,7 +79,7 @@ def register(store: Store, work: str, manifest_name: str | None = None) -> Sessi
         id=secrets.token_hex(16),
         work=work,
         manifest=manifest_name,
-        host=socket.gethostname(),
+        host=os.uname().nodename,
         kernel=_kernel(),
         process=os.getpid(),
         started=_started(os.getpid()) or 0,
@@ -152,7 +151,7 @@ def end_dead(store: Store, found: list[Session]) -> list[Session]:
 
 def is_gone(session: Session) -> bool:
     """Whether the session's process ran on this host, in this boot and process space, and exists no more."""
-    if session.host != socket.gethostname() or session.kernel != _kernel() or not _kernel():
+    if session.host != os.uname().nodename or session.kernel != _kernel() or not _kernel():
         return False
     if session.process == os.getpid():
         return session.id not in _own

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import tenacity
-
 from snapcore.errors import ExistsError, NotFoundError, ReadError, StoreError
 from snapcore.persist import Buffer
 from snapcore.store.interface import Store
@@ -25,6 +23,9 @@ class RetryStore:
     """The store inside, asked again until it answers or `budget_s` seconds are over."""
 
     def __init__(self, store: Store, budget_s: float = 60.0, first_wait_s: float = 0.1) -> None:
+        # Imported where it is used: it costs 20 ms, and a command on a local folder never retries.
+        import tenacity
+
         self._store = store
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((StoreError, ReadError)),

@@ -1,0 +1,3 @@
+"""The version of the software; the formats have their own (docs/FORMAT.md)."""
+
+VERSION = "0.1.0"
