@@ -96,6 +96,11 @@ class RawSource:
                 "--allow-changing"
             )
 
+    def wait_for_old_stamp(self) -> None:
+        """Return when the clock that stamps files has ticked since the stamp of this one."""
+        if abs(time.time_ns() - max(self._stamp[1:])) < _STAMP_TICK_S * 1e9:
+            time.sleep(_STAMP_TICK_S)
+
     def _current_stamp(self) -> tuple[int, int, int]:
         status = os.fstat(self._descriptor)
         if self._device:
@@ -142,7 +147,8 @@ def open_source(path: str, *, allow_changing: bool = False) -> Iterator[RawSourc
     NotFoundError, BusyError, UsageError, StoreError
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK a named pipe would wait for its writer; images and devices do not mind.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise NotFoundError(f"there is no image {path}") from error
     except OSError as error:
@@ -158,14 +164,16 @@ def open_source(path: str, *, allow_changing: bool = False) -> Iterator[RawSourc
             if clone is not None:
                 os.close(descriptor)
                 descriptor, private = clone, True
-            elif not allow_changing:
-                _wait_for_old_stamp(descriptor)
         elif not allow_changing and (holder := device.holder(descriptor, writing=True)):
             raise BusyError(
                 f"{path} is in use for writing by {holder}: unmount it, or accept a mixture with --allow-changing"
             )
         source = _Changing(path, descriptor) if allow_changing else RawSource(path, descriptor, private=private)
         descriptor = -1
+        if stat.S_ISREG(mode) and not private and not allow_changing:
+            # After the stamp was taken: what is written in its tick is there before the first read, and what is
+            # written later has another one.
+            source.wait_for_old_stamp()
         yield source
     finally:
         if source is not None:
@@ -198,9 +206,3 @@ def _clone(path: str, descriptor: int) -> int | None:
                 os.close(clone)
         return None
     return clone
-
-
-def _wait_for_old_stamp(descriptor: int) -> None:
-    status = os.fstat(descriptor)
-    if abs(time.time() - max(status.st_mtime, status.st_ctime)) < _STAMP_TICK_S:
-        time.sleep(_STAMP_TICK_S)
