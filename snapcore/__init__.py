@@ -1,4 +1,12 @@
-"""Snapshots of disk images: full, then changed blocks only; any can be deleted, any restores the whole disk."""
+"""Snapshots of disk images: full, then changed blocks only; any can be deleted, any restores the whole disk.
+
+The larger parts are imported when their names are first used, so that a program starts as fast as it can.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from snapcore.errors import (
     BusyError,
@@ -17,9 +25,11 @@ from snapcore.errors import (
     UnsupportedFormatError,
     UsageError,
 )
-from snapcore.progress import Progress
-from snapcore.repository import Manifest, Repository, SnapshotReader
-from snapcore.source.compare import diff_images
+
+if TYPE_CHECKING:
+    from snapcore.progress import Progress
+    from snapcore.repository import Manifest, Repository, SnapshotReader
+    from snapcore.source.compare import diff_images
 
 __all__ = [
     "BusyError",
@@ -43,3 +53,19 @@ __all__ = [
     "UsageError",
     "diff_images",
 ]
+
+_HOMES = {
+    "Manifest": "snapcore.repository",
+    "Progress": "snapcore.progress",
+    "Repository": "snapcore.repository",
+    "SnapshotReader": "snapcore.repository",
+    "diff_images": "snapcore.source.compare",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'snapcore' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found

@@ -124,3 +124,19 @@ def spans(rows: Extents, span_bytes: int) -> Iterator[tuple[int, int]]:
             stop = min(end, (offset // span_bytes + 1) * span_bytes)
             yield offset, stop - offset
             offset = stop
+
+
+def batches(rows: Extents, batch_bytes: int) -> Iterator[Extents]:
+    """Sorted extents in groups of up to batch_bytes bytes; longer ones are cut."""
+    group: list[tuple[int, int]] = []
+    room = batch_bytes
+    for offset, length in rows.tolist():
+        while length:
+            part = min(length, room)
+            group.append((offset, part))
+            offset, length, room = offset + part, length - part, room - part
+            if room == 0:
+                yield np.array(group, dtype=np.int64)
+                group, room = [], batch_bytes
+    if group:
+        yield np.array(group, dtype=np.int64)

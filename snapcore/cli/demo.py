@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from dataclasses import dataclass
 
 import click
 
 from snapcore.cli import output
-from snapcore.cli.demo_image import DemoDisk, copy_sparse
 from snapcore.errors import DamagedError
 
 
@@ -45,11 +43,14 @@ def demo(image: str | None, keep: str | None) -> None:
         os.makedirs(keep)
         _show(os.path.abspath(keep), image, kept=True)
         return
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="snapcore-demo-") as folder:
         _show(folder, image, kept=False)
 
 
 def _show(folder: str, image: str | None, *, kept: bool) -> None:
+    from snapcore.cli.demo_image import DemoDisk, copy_sparse
     from snapcore.repository import Repository
     from snapcore.source.compare import diff_images
 

@@ -36,6 +36,11 @@ def extents_json(rows: Extents) -> list[list[int]]:
     return pairs
 
 
+def print_extents(rows: Extents) -> None:
+    """Offset and length in bytes, a line each."""
+    sys.stdout.write("".join(f"{offset} {length}\n" for offset, length in rows.tolist()))
+
+
 def size(count_bytes: int) -> str:
     """A number of bytes for people, in binary units."""
     value = float(count_bytes)

@@ -161,8 +161,7 @@ def diff(a: str, b: str, place: str, as_json: bool) -> None:
     if as_json:
         output.print_json({"extents": output.extents_json(rows)})
         return
-    for offset, length in rows.tolist():
-        click.echo(f"{offset} {length}")
+    output.print_extents(rows)
 
 
 @snapshot.command()

@@ -16,8 +16,8 @@ from snapcore.source.interface import Source
 from snapcore.source.raw import open_source
 
 BLOCK_BYTES = 4096
-# Two windows fit the second-level cache (pread + compare, two threads: 128 KiB 10.1 GB/s, 512 KiB 13.7, 1 MiB 14.0).
-_WINDOW_BYTES = 512 << 10
+# pread and compare, two threads: 128 KiB 10.1 GB/s, 512 KiB 13.7, 1 MiB 14.0.
+_WINDOW_BYTES = 1 << 20
 
 
 def diff_images(
@@ -58,9 +58,9 @@ def diff_images(
         parts = [extents.empty()]
         work = _Comparison(first, second, block_bytes)
         with executor_or_own(executor) as hands:
-            for (_, length), found in in_order(hands, work, extents.spans(data, SPAN_BYTES)):
+            for done_bytes, found in in_order(hands, work, extents.batches(data, SPAN_BYTES)):
                 parts.append(found)
-                meter.advance(length)
+                meter.advance(done_bytes)
         first.check_unchanged()
         second.check_unchanged()
         if whole > common:
@@ -70,7 +70,7 @@ def diff_images(
 
 
 class _Comparison:
-    """The work on one span; safe on many threads at once."""
+    """The work on some extents; safe on many threads at once."""
 
     def __init__(self, a: Source, b: Source, block_bytes: int) -> None:
         self._a = a
@@ -79,16 +79,14 @@ class _Comparison:
         self._window_bytes = max(_WINDOW_BYTES, block_bytes)
         self._local = threading.local()
 
-    def __call__(self, span: tuple[int, int]) -> tuple[tuple[int, int], Extents]:
-        offset, length = span
+    def __call__(self, rows: Extents) -> tuple[int, Extents]:
         space = getattr(self._local, "space", None)
         if space is None:
             space = self._local.space = memoryview(bytearray(2 * self._window_bytes))
         parts = []
-        for start in range(offset, offset + length, self._window_bytes):
-            count = min(self._window_bytes, offset + length - start)
-            left, right = space[:count], space[self._window_bytes : self._window_bytes + count]
+        for start, length in extents.spans(rows, self._window_bytes):
+            left, right = space[:length], space[self._window_bytes : self._window_bytes + length]
             self._a.read_into(left, start)
             self._b.read_into(right, start)
             parts.append(scan.differing_extents(left, right, self._block_bytes, start))
-        return span, np.concatenate(parts)
+        return extents.total_bytes(rows), np.concatenate(parts)

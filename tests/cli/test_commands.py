@@ -112,9 +112,7 @@ def test_image_diff_names_the_block_that_changed(run: Run, image: Path) -> None:
     assert run("diff", str(image), str(other), "--block", "1000")[0] == 2
 
 
-def test_a_diff_is_a_list_of_changes_for_the_next_snapshot(
-    run: Run, taken: list[dict[str, Any]], image: Path
-) -> None:
+def test_a_diff_is_a_list_of_changes_for_the_next_snapshot(run: Run, taken: list[dict[str, Any]], image: Path) -> None:
     before = image.with_name("before.img")
     before.write_bytes(image.read_bytes())
     with open(image, "r+b") as file:
@@ -131,9 +129,7 @@ def test_a_diff_is_a_list_of_changes_for_the_next_snapshot(
     assert Path("out.img").read_bytes() == image.read_bytes()
 
 
-def test_restore_writes_a_new_file_and_into_an_existing_one(
-    run: Run, taken: list[dict[str, Any]], image: Path
-) -> None:
+def test_restore_writes_a_new_file_and_into_an_existing_one(run: Run, taken: list[dict[str, Any]], image: Path) -> None:
     code, out, _ = run("restore", taken[1]["id"], "out.img", "-r", "repo", "--json")
     assert code == 0
     assert Path("out.img").read_bytes() == image.read_bytes()
