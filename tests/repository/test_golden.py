@@ -1,0 +1,47 @@
+"""Repositories written by every released format are read for ever: the golden files are never rewritten."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from snapcore import Repository
+from tests.support.golden import CHUNK_BYTES, Generation, generations
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+
+@pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("format-*")))
+def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Repository:
+    shutil.copytree(GOLDEN / request.param, tmp_path / "repo")
+    return Repository.open(tmp_path / "repo")
+
+
+@pytest.mark.parametrize("wanted", generations(), ids=lambda item: item.label)
+def test_every_golden_snapshot_restores(repository: Repository, wanted: Generation, tmp_path: Path) -> None:
+    found = repository.find(wanted.label)
+    assert (found.disk, found.size_bytes, found.tags) == (wanted.disk, len(wanted.content), {"kind": "golden"})
+    repository.restore(found, tmp_path / "out.img")
+    assert (tmp_path / "out.img").read_bytes() == wanted.content
+
+
+def test_golden_repositories_verify_and_hold_what_they_held(repository: Repository) -> None:
+    done = repository.verify()
+    assert done.ok and done.snapshots == len(generations())
+    assert [item.label for item in repository.snapshots("golden")] == ["first", "second", "third"]
+    assert repository.diff("first", "second").tolist() == [[CHUNK_BYTES, CHUNK_BYTES], [7 * CHUNK_BYTES, CHUNK_BYTES]]
+
+
+def test_work_goes_on_in_golden_repositories(repository: Repository, tmp_path: Path) -> None:
+    content = bytearray(generations()[2].content)
+    content[5] ^= 1
+    (tmp_path / "disk.img").write_bytes(content)
+    made = repository.snapshot(tmp_path / "disk.img", disk="golden").snapshot
+    assert made.parent == repository.find("third").id and made.changed_bytes == CHUNK_BYTES
+    repository.delete("first")
+    repository.collect()
+    repository.restore(made, tmp_path / "out.img")
+    assert (tmp_path / "out.img").read_bytes() == bytes(content)
+    assert repository.verify().ok
