@@ -209,15 +209,23 @@ def _opened(path: str, flags: int, medium: Medium) -> Iterator[int]:
             raise BusyError(f"another process holds {path}; wait for it or choose another target") from error
         if not _stands_at(path, descriptor):
             raise BusyError(f"another process has just finished {path}; start the restore again")
+        if flags & os.O_CREAT and os.fstat(descriptor).st_nlink > 1:
+            # A crash between the two steps of `_publish` leaves this, and so does a link that somebody laid there.
+            raise RefusedError(
+                f"{path} is another name of a file that is no unfinished restore; remove that name and start again"
+            )
         yield os.dup(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _descriptor(path: str, flags: int, medium: Medium) -> int:
+    if flags & os.O_CREAT and os.path.islink(path):
+        raise RefusedError(f"{path} is a symbolic link and no unfinished restore; remove it and start again")
     while True:
         try:
-            return os.open(path, flags & ~os.O_CREAT | os.O_CLOEXEC)
+            follow = os.O_NOFOLLOW if flags & os.O_CREAT else 0
+            return os.open(path, flags & ~os.O_CREAT | os.O_CLOEXEC | follow)
         except FileNotFoundError:
             if not flags & os.O_CREAT:
                 raise
@@ -278,12 +286,13 @@ def _refuse_repository(path: str, folder: str | None) -> None:
 
 
 def _linked_within(folder: str, status: os.stat_result) -> bool:
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            if _linked_within(entry.path, status):
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if _linked_within(entry.path, status):
+                    return True
+            elif entry.inode() == status.st_ino and os.path.samestat(entry.stat(follow_symlinks=False), status):
                 return True
-        elif entry.inode() == status.st_ino and os.path.samestat(entry.stat(), status):
-            return True
     return False
 
 
