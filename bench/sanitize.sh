@@ -1,16 +1,16 @@
 #!/bin/sh
 # Runs the kernel tests with kernels built under gcc's address and undefined-behaviour sanitizers.
 #
-#   PYTHON=python3 bench/sanitize.sh [pytest arguments]
+#   bench/sanitize.sh [pytest arguments]
 #
-# The tree is copied to a scratch folder and built there: kernels in the checkout stay as they are. PYTHON (default:
-# python3) needs what building and testing need (the `test` extra). The first error ends the run.
+# The tree is copied to a scratch folder and built there: kernels in the checkout stay as they are. What building and
+# testing need is installed there too, unless PYTHON names a Python that has it (the `test` extra). The first error
+# ends the run.
 # Python itself is not instrumented, so the runtimes are preloaded, its own leaks are ignored, and its
 # allocator is malloc, so that a byte beyond a bytes object is seen.
 set -eu
 
 sanitizers=address,undefined
-python=$(command -v "${PYTHON:-python3}")
 root=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -19,6 +19,14 @@ cd "$root"
 cp -R --parents setup.py pyproject.toml README.md LICENSE src_pyx snapcore tests "$scratch"
 find "$scratch/snapcore" -name '*.so' -delete
 cd "$scratch"
+
+if [ -n "${PYTHON:-}" ]; then
+    python=$(command -v "$PYTHON")
+else
+    python3 -m venv venv
+    python=$scratch/venv/bin/python
+    "$python" -m pip install -q '.[test]'
+fi
 
 CC=${CC:-gcc}
 export CC

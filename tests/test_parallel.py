@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from snapcore.parallel import executor_or_own, in_order, usable_cores
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """What a piece of work fails with."""
 
 
@@ -98,7 +98,7 @@ class _Work:
             assert self.second_runs.wait(60)
             # The error is on its way before the other piece ends.
             threading.Timer(0.05, self.may_end.set).start()
-            raise Failed("piece 0")
+            raise FailedError("piece 0")
         if piece == 1:
             self.second_runs.set()
             assert self.may_end.wait(60)
@@ -115,7 +115,7 @@ def test_an_error_cancels_what_has_not_begun_and_waits_for_what_runs() -> None:
             def submit(self, function, /, piece):  # type: ignore[no-untyped-def]
                 return (first if piece == 0 else second).submit(function, piece)
 
-        with pytest.raises(Failed, match="piece 0"):
+        with pytest.raises(FailedError, match="piece 0"):
             list(in_order(Two(), work, range(5), in_flight=5))
         assert work.second_ended
     assert sorted(work.begun) == [0, 1]
@@ -150,10 +150,10 @@ def test_an_error_of_who_makes_the_pieces_waits_for_what_runs() -> None:
     def pieces() -> Iterator[int]:
         yield 0
         yield 1
-        raise Failed("no more pieces")
+        raise FailedError("no more pieces")
 
     with ThreadPoolExecutor(2) as hands:
-        with pytest.raises(Failed, match="no more pieces"):
+        with pytest.raises(FailedError, match="no more pieces"):
             list(in_order(hands, ended.append, pieces(), in_flight=10))
         count = len(ended)
         hands.submit(lambda: None).result()

@@ -1,0 +1,186 @@
+"""The source holds itself to its rules: layers, docstrings, twins of kernels, formatting, lint and types.
+
+The layers: cli → server → service → repository, pool → source, store, keys → the files directly in snapcore/, which
+every room may use. Nothing imports upwards, and rooms of one layer do not import each other.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "snapcore"
+
+if not (ROOT / "src_pyx").is_dir():
+    pytest.skip("only the tests are here, not the checkout that they belong to", allow_module_level=True)
+
+BASE = "base"
+LAYERS = [["cli"], ["server"], ["service"], ["repository", "pool"], ["source", "store", "keys"], [BASE]]
+RANK = {room: len(LAYERS) - number for number, rooms in enumerate(LAYERS) for room in rooms}
+# A call of the operating system and no computation: nothing to compare with.
+WITHOUT_TWIN = {"populate"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = sorted((ROOT / "src_pyx").glob("*.pyx"))
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file of the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_name(path) for path in MODULES} | {f"snapcore.{path.stem}" for path in KERNELS}
+
+
+def room_of(module: str) -> str:
+    """The room that a module of the package lies in: its folder, or the ground floor."""
+    parts = module.split(".")
+    if parts[-1] == "__main__":
+        return "cli"
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else BASE
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, wherever in the file; of a package's member, the member when it is a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            for name in node.names:
+                member = f"{node.module}.{name.name}"
+                yield node.lineno, member if member in NAMES else str(node.module)
+
+
+def own_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Those of snapcore itself."""
+    yield from ((line, name) for line, name in imports_of(path) if name.split(".")[0] == "snapcore")
+
+
+def test_the_source_is_found_and_read() -> None:
+    assert {"snapcore", "snapcore.extents", "snapcore.repository.tree", "snapcore.scan"} <= NAMES
+    imported = {name for _, name in own_imports(PACKAGE / "repository" / "record.py")}
+    assert {"snapcore.scan", "snapcore.errors", "snapcore.repository.codec"} <= imported
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_go_down_the_layers_only(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        return
+    here = room_of(module_name(path))
+    assert here in RANK, f"{path}: the room {here!r} has no layer; say where it stands in {Path(__file__).name}"
+    for line, name in own_imports(path):
+        there = room_of(name)
+        assert name in NAMES and name != "snapcore", f"{path}:{line}: {name} is no module to import from within"
+        assert there == here or RANK[there] < RANK[here], f"{path}:{line}: {here} must not import {there} ({name})"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {module_name(path): {name for _, name in own_imports(path)} for path in MODULES}
+    # A package imports its modules; that they import each other through it would be a circle too.
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_kernels_import_nothing_of_ours() -> None:
+    for path in KERNELS:
+        assert not re.search(r"^\s*(c?import|from)\s+snapcore", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
+def test_what_is_imported_is_a_declared_dependency() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    known = {re.split(r"[^a-zA-Z0-9_.-]", name, maxsplit=1)[0].lower().replace("-", "_") for name in declared}
+    known = {name.split(".")[0] for name in known} | {"compression"}
+    for path in MODULES:
+        for line, name in imports_of(path):
+            top = name.split(".")[0]
+            assert top in known | {"snapcore"} | sys.stdlib_module_names, f"{path}:{line}: {top} is not declared"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_every_kernel_has_a_c_api_a_stub_and_twins(path: Path) -> None:
+    assert (PACKAGE / f"{path.stem}.pxd").is_file() and (PACKAGE / f"{path.stem}.pyi").is_file()
+    public = set(re.findall(r"^def (\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE))
+    stub = ast.parse((PACKAGE / f"{path.stem}.pyi").read_text(encoding="utf-8"))
+    described = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert public and public == set(described)
+    assert all(ast.get_docstring(node) for node in described.values())
+    reference = ast.parse((ROOT / "tests" / "reference.py").read_text(encoding="utf-8"))
+    twins = {node.name for node in reference.body if isinstance(node, ast.FunctionDef)}
+    assert public - WITHOUT_TWIN <= twins
+    assert f'"{path.stem}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert (ROOT / "tests" / "kernels" / f"test_{path.stem}.py").is_file()
+
+
+def test_every_module_begins_with_a_docstring() -> None:
+    folders = [PACKAGE, ROOT / "tests", ROOT / "bench"]
+    files = [*(path for folder in folders for path in folder.rglob("*.py")), *PACKAGE.glob("*.pyi"), ROOT / "setup.py"]
+    missing = [path for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    missing += [path for path in KERNELS if not path.read_text(encoding="utf-8").startswith('"""')]
+    assert missing == []
+
+
+def test_every_public_name_of_the_package_has_a_docstring() -> None:
+    missing = []
+    # The contracts of a store's methods stand in its interface, for whatever has them.
+    interface = ast.walk(ast.parse((PACKAGE / "store" / "interface.py").read_text(encoding="utf-8")))
+    contracts = {node.name for node in interface if isinstance(node, ast.FunctionDef) and ast.get_docstring(node)}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            body = node.body if isinstance(node, (ast.Module, ast.ClassDef)) else []
+            if isinstance(node, ast.ClassDef) and (node.name.startswith("_") or node.bases):
+                # Methods of a class with a base may be those of the base.
+                body = []
+            for member in body:
+                named = isinstance(member, (ast.FunctionDef, ast.ClassDef)) and not member.name.startswith("_")
+                if named and member.name not in contracts and not ast.get_docstring(member):
+                    missing.append(f"{path}:{member.lineno}: {member.name}")
+    assert missing == []
+
+
+def run(*command: str) -> None:
+    """Run a tool as a module of this Python over the checkout; its findings are the failure."""
+    tool = command[0].split(".")[0]
+    if importlib.util.find_spec(tool) is None:
+        reason = f"needs {tool} (the extra `test`)"
+        if os.environ.get("SNAPCORE_REQUIRE_TOOLS"):
+            pytest.fail(f"{reason}, and SNAPCORE_REQUIRE_TOOLS is set")
+        pytest.skip(reason)
+    # cython-lint calls a program that lies beside this Python, which need not be on the path.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+
+def test_ruff_finds_nothing() -> None:
+    run("ruff", "check", ".")
+
+
+def test_everything_is_formatted() -> None:
+    run("ruff", "format", "--check", ".")
+
+
+def test_types_are_complete_and_right() -> None:
+    run("mypy")
+
+
+def test_cython_lint_finds_nothing() -> None:
+    run("cython_lint.cython_lint", "src_pyx", "snapcore")
