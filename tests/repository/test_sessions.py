@@ -1,0 +1,654 @@
+# ruff: noqa: B023 - the functions in loops are called within the turn that makes them
+"""Whatever others do meanwhile, and wherever work stops: what was acknowledged stays, and nothing half-made shows."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from snapcore import (
+    BusyError,
+    CancelledError,
+    Error,
+    FencedError,
+    MissingObjectError,
+    NotFoundError,
+    Repository,
+    StoreError,
+)
+from snapcore.persist import Buffer, Medium
+from snapcore.repository import collect, pack, session
+from snapcore.store import LocalStore, MemoryStore, Store
+from tests.support.disks import changed, disk
+from tests.support.small import Bytes
+
+Hook = Callable[[str], None]
+
+
+@pytest.fixture(autouse=True)
+def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs of a few chunks, so that every step has several."""
+    monkeypatch.setattr(pack, "PACK_BYTES", 16 << 10)
+    monkeypatch.setattr(collect, "_SMALL_BYTES", 4 << 10)
+
+
+class HookedStore:
+    """A store that calls `hook(what)` before each call to the one inside."""
+
+    def __init__(self, store: Store, hook: Hook) -> None:
+        self._store = store
+        self._hook = hook
+        self.url = store.url
+
+    def get(self, name: str, limit_bytes: int) -> bytes:
+        self._hook(f"get {name}")
+        return self._store.get(name, limit_bytes)
+
+    def get_range(self, name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        self._hook(f"get_range {name}")
+        return self._store.get_range(name, offset_bytes, length_bytes)
+
+    def size(self, name: str) -> int:
+        self._hook(f"size {name}")
+        return self._store.size(name)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        self._hook(f"list {prefix}")
+        yield from list(self._store.list(prefix))
+
+    def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
+        self._hook(f"put_new {name}")
+        return self._store.put_new(name, buffers)
+
+    def delete(self, name: str) -> None:
+        self._hook(f"delete {name}")
+        self._store.delete(name)
+
+    def settle(self, prefix: str) -> None:
+        self._hook(f"settle {prefix}")
+        self._store.settle(prefix)
+
+    def sweep(self) -> int:
+        self._hook("sweep")
+        return self._store.sweep()
+
+
+class AtCall:
+    """Runs `action` once, before the n-th call; `done` says whether there was one."""
+
+    def __init__(self, number: int, action: Callable[[], object]) -> None:
+        self._left = number
+        self._action = action
+        self.done = False
+
+    def __call__(self, what: str) -> None:
+        del what
+        self._left -= 1
+        if self._left == 0:
+            self.done = True
+            self._action()
+
+
+class AtFirst:
+    """Runs `action` once, before the first call that begins so."""
+
+    def __init__(self, beginning: str, action: Callable[[], object]) -> None:
+        self._beginning = beginning
+        self._action: Callable[[], object] | None = action
+
+    def __call__(self, what: str) -> None:
+        if self._action is not None and what.startswith(self._beginning):
+            action, self._action = self._action, None
+            action()
+
+
+def read(repository: Repository, snapshot: str) -> bytes:
+    reader = repository.open_snapshot(snapshot)
+    buffer = bytearray(reader.size_bytes)
+    reader.pread_into(buffer, 0)
+    return bytes(buffer)
+
+
+def check(store: Store, held: dict[str, bytes]) -> None:
+    """Exactly these snapshots, whole, before and after a collection."""
+    repository = Repository.open(store)
+    for _ in range(2):
+        verified = repository.verify()
+        assert verified.ok, verified
+        assert {snapshot.id for snapshot in repository.snapshots()} == held.keys()
+        for snapshot, content in held.items():
+            assert read(repository, snapshot) == content
+        repository.collect()
+    assert repository.sessions() == []
+
+
+def take(repository: Repository, content: bytes, disk: str = "disk", **options: object) -> str:
+    return repository.snapshot(Bytes(content), disk=disk, **options).snapshot.id  # type: ignore[arg-type]
+
+
+def new(chunk_bytes: int = 4096) -> tuple[MemoryStore, Repository]:
+    store = MemoryStore()
+    return store, Repository.create(store, chunk_bytes=chunk_bytes)
+
+
+@pytest.fixture(params=[4096, 16 << 10], ids=["chunks", "patches"])
+def chunk_bytes(request: pytest.FixtureRequest) -> int:
+    found: int = request.param
+    return found
+
+
+# Two at once, at every point where the one may interrupt the other.
+
+
+def prepared(chunk_bytes: int) -> tuple[MemoryStore, dict[str, bytes], bytes]:
+    """A repository with garbage that looks tempting: all that the next snapshot needs is there, and dead."""
+    store, repository = new(chunk_bytes)
+    base, coming = disk(1, 12), changed(disk(1, 12), 2, pages=8)
+    held = {take(repository, base): base}
+    gone = take(repository, coming)
+    other = disk(3, 8)
+    held[take(repository, other, "other")] = other
+    repository.delete(gone)
+    return store, held, coming
+
+
+def test_a_collection_at_any_instant_of_a_create_harms_neither(chunk_bytes: int) -> None:
+    number = 0
+    while True:
+        number += 1
+        store, held, coming = prepared(chunk_bytes)
+        hook = AtCall(number, lambda: attempt(Repository.open(store).collect))
+        try:
+            snapshot = take(Repository.open(HookedStore(store, hook)), coming)
+        except BusyError:
+            pass
+        else:
+            held[snapshot] = coming
+        check(store, held)
+        if not hook.done:
+            break
+    assert number > 10
+
+
+def test_a_create_at_any_instant_of_a_collection_harms_neither(chunk_bytes: int) -> None:
+    number = 0
+    while True:
+        number += 1
+        store, held, coming = prepared(chunk_bytes)
+
+        def create() -> None:
+            snapshot = attempt(lambda: take(Repository.open(store), coming))
+            if snapshot is not None:
+                held[snapshot] = coming
+
+        hook = AtCall(number, create)
+        attempt(Repository.open(HookedStore(store, hook)).collect)
+        check(store, held)
+        if not hook.done:
+            break
+    assert number > 10
+
+
+@pytest.mark.parametrize("same", ["disk", "other"])
+def test_a_create_at_any_instant_of_a_create_harms_neither(same: str, chunk_bytes: int) -> None:
+    number = 0
+    while True:
+        number += 1
+        store, held, coming = prepared(chunk_bytes)
+
+        def create() -> None:
+            held[take(Repository.open(store), coming, same)] = coming
+
+        hook = AtCall(number, create)
+        held[take(Repository.open(HookedStore(store, hook)), coming)] = coming
+        check(store, held)
+        if not hook.done:
+            break
+    assert number > 10
+
+
+def test_a_deletion_and_a_collection_at_any_instant_of_a_create_harm_neither(chunk_bytes: int) -> None:
+    """The snapshot that is deleted is the parent of the one under way."""
+    number = 0
+    while True:
+        number += 1
+        store, held, coming = prepared(chunk_bytes)
+        parent = Repository.open(store).snapshots("disk")[-1].id
+
+        def delete() -> None:
+            repository = Repository.open(store)
+            repository.delete(parent)
+            del held[parent]
+            attempt(repository.collect)
+
+        hook = AtCall(number, delete)
+        try:
+            snapshot = take(Repository.open(HookedStore(store, hook)), coming)
+        except BusyError:
+            pass
+        else:
+            held[snapshot] = coming
+        check(store, held)
+        if not hook.done:
+            break
+    assert number > 10
+
+
+def test_a_rebuild_at_any_instant_of_a_create_harms_neither(chunk_bytes: int) -> None:
+    number = 0
+    while True:
+        number += 1
+        store, held, coming = prepared(chunk_bytes)
+        hook = AtCall(number, lambda: attempt(Repository.open(store).rebuild_index))
+        snapshot = attempt(lambda: take(Repository.open(HookedStore(store, hook)), coming))
+        if snapshot is not None:
+            held[snapshot] = coming
+        check(store, held)
+        if not hook.done:
+            break
+    assert number > 10
+
+
+def attempt(work: Callable[[], object]) -> str | None:
+    """What it returned as text; None when somebody else was at it."""
+    try:
+        return str(work())
+    except BusyError:
+        return None
+
+
+def test_many_creates_at_once_are_all_right(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "repository"))
+    repository = Repository.create(store, chunk_bytes=4096)
+    contents = {f"disk {number % 3}": [] for number in range(3)}
+    jobs = [(f"disk {number % 3}", changed(disk(1, 40), number)) for number in range(12)]
+
+    def run(job: tuple[str, bytes]) -> tuple[str, bytes]:
+        return take(Repository.open(str(tmp_path / "repository")), job[1], job[0]), job[1]
+
+    with ThreadPoolExecutor(6) as threads:
+        held = dict(threads.map(run, jobs))
+    assert len(contents) == len({manifest.disk for manifest in repository.snapshots()})
+    check(store, held)
+
+
+# Sessions that others end.
+
+
+def test_a_writer_whose_session_was_ended_is_refused_wherever_it_was(chunk_bytes: int) -> None:
+    """And a collection runs right after, so that all that it stored or counted on may be gone."""
+    number = refused = 0
+    while True:
+        number += 1
+        store, held, coming = prepared(chunk_bytes)
+
+        def end() -> None:
+            repository = Repository.open(store)
+            for found in repository.sessions():
+                repository.end_session(found.id)
+            repository.collect()
+
+        hook = AtCall(number, end)
+        try:
+            snapshot = take(Repository.open(HookedStore(store, hook)), coming)
+        except (FencedError, MissingObjectError, NotFoundError):
+            refused += 1
+        else:
+            held[snapshot] = coming
+        check_found(store, held)
+        # What it left behind does not deceive the next one.
+        held[take(Repository.open(store), coming)] = coming
+        check(store, held)
+        if not hook.done:
+            break
+    assert refused > 10
+
+
+def check_found(store: Store, held: dict[str, bytes]) -> None:
+    repository = Repository.open(store)
+    assert {snapshot.id for snapshot in repository.snapshots()} == held.keys()
+    verified = repository.verify()
+    assert verified.ok, verified
+
+
+def test_a_writer_that_was_ended_cannot_deceive_the_next_with_its_late_index() -> None:
+    store, repository = new()
+    content = disk(1, 12)
+
+    def end() -> None:
+        for found in repository.sessions():
+            repository.end_session(found.id)
+        assert repository.collect().removed_packs > 0
+
+    hooked = Repository.open(HookedStore(store, AtFirst("put_new index/", end)))
+    with pytest.raises(FencedError, match="take the snapshot again"):
+        take(hooked, content)
+    assert [name for name, _ in store.list("index/")], "the index object is there, and its packs are not"
+    assert repository.verify().ok
+    check(store, {take(repository, content): content})
+
+
+def test_a_tombstone_cannot_be_deleted() -> None:
+    store, repository = new()
+    names: list[str] = []
+
+    def end() -> None:
+        (found,) = repository.sessions()
+        assert found.manifest is not None
+        names.append(found.manifest)
+        repository.end_session(found.id)
+        with pytest.raises(NotFoundError):
+            repository.delete(found.manifest[-32:])
+
+    with pytest.raises(FencedError):
+        take(Repository.open(HookedStore(store, AtFirst("put_new index/", end))), disk(1, 12))
+    assert repository.snapshots() == []
+    with pytest.raises(NotFoundError):
+        repository.delete(names[0][-32:])
+
+
+def test_a_session_that_was_ended_after_the_commit_leaves_the_snapshot() -> None:
+    store, repository = new()
+    content = disk(1, 12)
+
+    def end() -> None:
+        for found in repository.sessions():
+            repository.end_session(found.id)
+
+    snapshot = take(Repository.open(HookedStore(store, AtFirst("delete sessions/", end))), content)
+    check(store, {snapshot: content})
+
+
+def test_the_busy_message_names_the_one_who_is_at_work() -> None:
+    store, repository = new()
+    own = session.register(store, session.CREATE, None)
+    with pytest.raises(BusyError, match=own.id):
+        repository.collect()
+    session.withdraw(store, own)
+    repository.collect()
+
+
+def test_a_session_that_could_not_be_written_blocks_nobody() -> None:
+    """The name may be there all the same: a store may fail after it has published."""
+    store, repository = new()
+
+    class Failing(HookedStore):
+        def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
+            super().put_new(name, buffers)
+            raise StoreError("the answer was lost")
+
+    with pytest.raises(StoreError):
+        take(Repository.open(Failing(store, lambda what: None)), disk(1, 4))
+    assert len(repository.sessions()) == 1
+    repository.collect()
+    assert repository.sessions() == []
+
+
+def test_housekeeping_that_fails_after_the_commit_does_not_fail_the_snapshot() -> None:
+    store, _ = new()
+
+    def fail() -> None:
+        raise StoreError("no more")
+
+    content = disk(1, 12)
+    snapshot = take(Repository.open(HookedStore(store, AtFirst("delete sessions/", fail))), content)
+    check(store, {snapshot: content})
+
+
+# Work that stops: by the caller, or by a store that fails.
+
+
+@pytest.mark.parametrize("error", [CancelledError, KeyboardInterrupt])
+def test_a_create_that_is_cancelled_at_any_call_leaves_nothing_visible(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snapcore.repository.create.SPAN_BYTES", 32 << 10)
+    content = disk(1, 64)
+    number = 0
+    stopped = True
+    while stopped:
+        number += 1
+        store, repository = new()
+        base = disk(9, 8)
+        held = {take(repository, base): base}
+        stopped = False
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            raise error
+
+        at = AtCall(number, stop)
+        with contextlib.suppress(error):
+            held[take(repository, content, progress=lambda step: at(step.stage))] = content
+        assert repository.sessions() == []
+        assert len(repository.snapshots()) == len(held)
+        if stopped:
+            held[take(repository, content)] = content
+        check(store, held)
+    assert number > 5
+
+
+def test_a_collection_that_is_cancelled_at_any_call_loses_nothing(chunk_bytes: int) -> None:
+    number = 0
+    stopped = True
+    while stopped:
+        number += 1
+        store, held, _ = prepared(chunk_bytes)
+        stopped = False
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            raise CancelledError
+
+        at = AtCall(number, stop)
+        with contextlib.suppress(CancelledError):
+            Repository.open(store).collect(progress=lambda step: at(step.stage))
+        check(store, held)
+    assert number > 1
+
+
+@pytest.mark.parametrize("work", ["create", "collect", "rebuild"])
+def test_a_store_that_fails_at_any_call_loses_nothing(work: str, chunk_bytes: int) -> None:
+    number = 0
+    while True:
+        number += 1
+        store, held, coming = prepared(chunk_bytes)
+
+        def fail() -> None:
+            raise StoreError("the store failed")
+
+        hook = AtCall(number, fail)
+        repository = Repository.open(store)
+        hooked = HookedStore(store, lambda what: None)
+        victim = Repository.open(hooked)
+        hooked._hook = hook
+        try:
+            if work == "create":
+                held[take(victim, coming)] = coming
+            elif work == "collect":
+                victim.collect()
+            else:
+                victim.rebuild_index()
+        except Error:
+            pass
+        found = {snapshot.id for snapshot in repository.snapshots()}
+        assert held.keys() <= found
+        for unacknowledged in found - held.keys():
+            assert read(repository, unacknowledged) == coming
+            held[unacknowledged] = coming
+        held[take(repository, coming)] = coming
+        check(store, held)
+        if not hook.done:
+            break
+    assert number > 10
+
+
+# What one record may stand for.
+
+
+def test_what_two_writers_stored_full_and_as_a_patch_can_be_the_base_of_a_third(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever copy the index finds first: a collection moves the full one to a pack of another name."""
+    monkeypatch.setattr(pack, "PACK_BYTES", 16 << 20)
+    for seed in range(8):
+        store, repository = new(16 << 10)
+        old = disk(1, 96)
+        coming = changed(old, seed, pages=16)
+        held = {take(repository, old, "patched"): old}
+
+        def patched() -> None:
+            held[take(Repository.open(store), coming, "patched")] = coming
+
+        # "full" has nothing to compare with: it stores all of `coming` that is not there yet full.
+        full = take(Repository.open(HookedStore(store, AtFirst("put_new packs/", patched))), coming, "full")
+        third = changed(coming, seed, pages=16)
+        third = third[: 48 * 4096] + disk(seed + 99, 48)
+        held[take(repository, third, "full")] = third
+        repository.delete(full)
+        check(store, held)
+
+
+def test_a_dead_patch_whose_base_was_collected_is_not_taken_for_the_chunk() -> None:
+    """A pack is kept for what lives in it, and holds dead patches too."""
+    for seed in range(8):
+        store, repository = new(16 << 10)
+        base = disk(1, 48)
+        first = take(repository, base)
+        patched = changed(base, seed, pages=6)
+        second = take(repository, patched)
+        lives = patched[: 24 * 4096] + disk(7 + seed, 24)
+        held = {take(repository, lives): lives}
+        repository.delete(first)
+        repository.delete(second)
+        repository.collect()
+        fresh = take(repository, patched, "fresh")
+        held[fresh] = patched
+        check(store, held)
+
+
+# What a process may have open, or have seen.
+
+
+def test_a_parent_that_is_deleted_by_another_process_is_noticed(tmp_path: Path) -> None:
+    """Its manifest was read a moment ago, and its file may still be open."""
+    place = str(tmp_path / "repository")
+    Repository.create(place, chunk_bytes=4096)
+    store = LocalStore(place)
+    content = disk(1, 300)
+    first = take(Repository.open(store), content)
+
+    def delete() -> None:
+        elsewhere = Repository.open(place)
+        elsewhere.delete(first)
+        elsewhere.collect()
+
+    second = take(Repository.open(HookedStore(store, AtFirst("put_new sessions/", delete))), content)
+    check(LocalStore(place), {second: content})
+
+
+def test_what_was_deleted_by_another_process_is_gone_here_too(tmp_path: Path) -> None:
+    place = str(tmp_path / "repository")
+    repository = Repository.create(place, chunk_bytes=4096)
+    snapshot = take(repository, disk(1, 4))
+    assert repository.find(snapshot).id == snapshot
+    Repository.open(place).delete(snapshot)
+    assert repository.snapshots() == []
+
+
+def test_a_create_makes_what_it_relies_on_durable_before_its_commit(tmp_path: Path) -> None:
+    """Another process may have died between a name and the sync of its folder."""
+    done: list[str] = []
+
+    class Watched(Medium):
+        def sync_folder(self, path: str) -> None:
+            done.append(f"sync {os.path.relpath(path, place)}")
+            super().sync_folder(path)
+
+        def link(self, source: str, target: str) -> None:
+            done.append(f"link {os.path.relpath(target, place)}")
+            super().link(source, target)
+
+    place = str(tmp_path / "repository")
+    take(Repository.create(place, chunk_bytes=4096), disk(1, 8), "one")
+    take(Repository.open(LocalStore(place, medium=Watched())), disk(1, 8), "two")
+    commit = next(number for number, what in enumerate(done) if what.startswith("link snapshots/"))
+    assert {"sync packs", "sync index", "sync .", "sync snapshots"} <= set(done[:commit])
+
+
+def test_a_collection_makes_deletions_durable_before_it_removes_packs(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    class Watched(Medium):
+        def sync_folder(self, path: str) -> None:
+            done.append(f"sync {os.path.relpath(path, place)}")
+            super().sync_folder(path)
+
+        def unlink(self, path: str) -> None:
+            done.append(f"unlink {os.path.relpath(path, place)}")
+            super().unlink(path)
+
+    place = str(tmp_path / "repository")
+    repository = Repository.create(place, chunk_bytes=4096)
+    repository.delete(take(repository, disk(1, 8)))
+    (folder,) = os.listdir(os.path.join(place, "snapshots"))
+    Repository.open(LocalStore(place, medium=Watched())).collect()
+    removal = next(number for number, what in enumerate(done) if what.startswith("unlink packs/"))
+    assert {f"sync snapshots/{folder}", "sync index"} <= set(done[:removal])
+
+
+# Fingerprints of this host.
+
+
+def test_two_creates_of_one_disk_do_not_read_each_others_fingerprints(tmp_path: Path) -> None:
+    """One edits the file in place; the other one opened it before and compares with the parent still."""
+    store, repository = new()
+    content = disk(1, 16)
+    take(repository, content)
+    after = content[:8192] + b"new!" + content[8196:]
+    held: dict[str, bytes] = {}
+
+    def edit() -> None:
+        held[take(Repository.open(store), after, changed=[(8192, 4)])] = after
+
+    fired = False
+
+    def once() -> None:
+        nonlocal fired
+        if not fired:
+            fired = True
+            edit()
+
+    parent = repository.snapshots()[0]
+    held[parent.id] = content
+    created = repository.snapshot(Bytes(after, once), disk="disk", parent=parent)
+    held[created.snapshot.id] = after
+    check(store, held)
+
+
+def test_a_restore_does_not_take_over_what_another_one_has_just_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = new()[1]
+    first, second = disk(1, 8), disk(2, 4)
+    one, two = take(repository, first), take(repository, second)
+    target = tmp_path / "target"
+    flock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        repository.restore(one, target)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BusyError, match="start the restore again"):
+        repository.restore(two, target)
+    assert target.read_bytes() == first
