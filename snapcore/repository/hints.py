@@ -24,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
+from snapcore.persist import Medium
+
 _MAGIC = b"SNAPHINT"
 _VERSION = 1
 _HEADER = struct.Struct("<8sII16s16sQQ")
@@ -120,6 +122,12 @@ class Hints:
         if self._new < 0 or self._new_path is not None:
             return
         end = min(stop, (os.fstat(self._new).st_size - _HEADER.size) // 8)
+        try:
+            # A hole, for the file of a sparse disk shall stay as sparse as the disk.
+            if end <= first or Medium().punch(self._new, _HEADER.size + first * 8, (end - first) * 8):
+                return
+        except OSError:
+            self._give_up()
         for start in range(first, end, _CLEARED_AT_ONCE):
             self.write(start, np.zeros(min(_CLEARED_AT_ONCE, end - start), dtype=np.uint64))
 

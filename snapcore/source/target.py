@@ -2,7 +2,7 @@
 
 | the target is | written | done when |
 | --- | --- | --- |
-| a new file | as `TARGET.snapcore-partial`; an interrupted restore goes on with that file | synced, linked to its name |
+| a new file | as `TARGET.snapcore-partial`; an interrupted restore goes on with it | synced, linked to its name |
 | an existing file or device (`in_place`) | where it stands, only what differs | synced |
 
 Whoever restores holds a lock on the file, so two restores of one target do not mix.

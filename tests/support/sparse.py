@@ -143,6 +143,11 @@ def data_ranges(path: str | os.PathLike[str]) -> list[tuple[int, int]]:
         os.close(descriptor)
 
 
+def data_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file that are no hole. Not `st_blocks`: that counts the file system's own blocks too."""
+    return sum(stop - start for start, stop in data_ranges(path))
+
+
 def _data(descriptor: int, size_bytes: int) -> list[tuple[int, int]]:
     found = []
     at = 0
