@@ -22,7 +22,7 @@ from snapcore.repository.tree import NODE_BYTES
 from snapcore.store.interface import Reader
 
 _NODES_KEPT = 1024
-_BASES_KEPT = 64
+_BASES_KEPT_BYTES = 16 << 20
 # Records of one pack that lie this close are read in one go.
 _GAP_BYTES = 64 << 10
 _RUN_BYTES = 4 << 20
@@ -54,7 +54,7 @@ class Objects:
         self._store = store
         self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
         self._nodes = _Cache(_NODES_KEPT)
-        self._bases = _Cache(_BASES_KEPT)
+        self._bases = _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes)))
 
     def place(self, kind: RecordKind, object_id: bytes) -> Place:
         """Where an object lies; MissingObjectError when nowhere."""
