@@ -44,13 +44,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"needs to mount a tmpfs: {done.stderr.strip()}")
     yield place
-    # Stores keep files open until they are let go of, and errors hold them in circles.
     gc.collect()
     subprocess.run(["umount", str(place)], check=True)
 
 
 def fill(place: Path, free_bytes: int) -> Path:
     """Leave so much free on the file system of `place`. Returns the file that takes the rest."""
+    # Removed files take space while an earlier store holds them open, and errors keep stores in circles.
+    gc.collect()
     ballast = place / "ballast"
     status = os.statvfs(place)
     with open(ballast, "wb") as file:
