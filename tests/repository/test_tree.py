@@ -101,10 +101,11 @@ def built(nodes: Nodes, model: Model, levels: int) -> Root:
 
 @st.composite
 def places(draw: st.DrawFn, levels: int) -> int:
-    """A chunk number: often at or beside the border of a subtree, of any level."""
-    width = FANOUT ** draw(st.integers(0, levels - 1))
-    number = draw(st.integers(0, FANOUT**levels // width)) * width + draw(st.integers(-2, 2))
-    return min(max(number, 0), FANOUT**levels)
+    """A chunk number, out of few slots of every level, so that rounds of edits meet in the same nodes."""
+    number = 0
+    for _ in range(levels):
+        number = number * FANOUT + draw(st.sampled_from([0, 0, 1, 2, 126, 127]))
+    return min(max(number + draw(st.sampled_from([-2, -1, 0, 0, 1, 70])), 0), FANOUT**levels)
 
 
 @st.composite
@@ -155,7 +156,8 @@ def histories(draw: st.DrawFn) -> tuple[int, list[list[Edit]]]:
 
 
 @given(histories())
-@example((3, [[(0, 300, [1])], [(0, 128**3, None)]]))
+@example((3, [[(0, 300, [1] * 300)], [(0, 128**3, None)]]))
+@example((2, [[(0, 300, [1] * 300)], [(0, 70, None), (70, 71, [2]), (100, 290, None)]]))
 def test_after_any_edits_the_tree_is_that_of_the_dict(history: tuple[int, list[list[Edit]]]) -> None:
     levels, rounds = history
     nodes, model, root = Nodes(), {}, Root(ZERO_ID, levels)
@@ -173,6 +175,17 @@ def test_after_any_edits_the_tree_is_that_of_the_dict(history: tuple[int, list[l
             if before.get(place) != object_id
         ]
         assert sorted(nodes.stored) == sorted(changed)
+
+
+@given(st.integers(1, MOST_LEVELS), st.data())
+def test_a_cleared_range_ends_exactly_between_two_chunks(levels: int, data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(places(levels), min_size=1, max_size=12, unique=True))
+    model = {number: id_of(1) for number in numbers if number < FANOUT**levels}
+    # The borders lie at chunks that are there, or right behind one.
+    start, stop = sorted(data.draw(st.sampled_from(numbers)) + data.draw(st.integers(0, 1)) for _ in "ab")
+    nodes = Nodes()
+    cleared = apply_to_tree(nodes, built(nodes, model, levels), [(start, min(stop, FANOUT**levels), None)])
+    assert held(nodes, cleared) == {number: found for number, found in model.items() if not start <= number < stop}
 
 
 @given(st.integers(1, MOST_LEVELS).flatmap(lambda levels: st.tuples(st.just(levels), edits(levels))))
