@@ -49,6 +49,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
         Where it runs: host name, boot and process-id space, process id and the process's start in clock ticks.
     since : str
         UTC, RFC 3339, for people.
+    machine : str
+        The host's own id, which outlives a reboot; empty where there is none.
     generation : int
         Of the collections that it has seen; reserved.
     """
@@ -61,6 +63,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     process: int
     started: int
     since: str
+    machine: str = ""
     generation: int = 0
 
     @property
@@ -84,6 +87,7 @@ def register(store: Store, work: str, manifest_name: str | None = None) -> Sessi
         process=os.getpid(),
         started=_started(os.getpid()) or 0,
         since=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=_machine(),
     )
     body = msgspec.json.encode(session)
     _own.add(session.id)
@@ -150,9 +154,16 @@ def end_dead(store: Store, found: list[Session]) -> list[Session]:
 
 
 def is_gone(session: Session) -> bool:
-    """Whether the session's process ran on this host, in this boot and process space, and exists no more."""
-    if session.host != os.uname().nodename or session.kernel != _kernel() or not _kernel():
+    """Whether the session's process ran on this host and exists no more.
+
+    Of an earlier boot of this very machine none does. Within this boot it is told only for the own process space.
+    """
+    kernel = _kernel()
+    if session.host != os.uname().nodename or not session.kernel or not kernel:
         return False
+    if session.kernel != kernel:
+        rebooted = session.kernel.split()[0] != kernel.split()[0]
+        return rebooted and session.machine != "" and session.machine == _machine()
     if session.process == os.getpid():
         return session.id not in _own
     return _started(session.process) != session.started
@@ -177,6 +188,16 @@ def _kernel() -> str:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
+        return ""
+
+
+@cache
+def _machine() -> str:
+    """The id of this host, as machine-id(5) has it; empty where there is none."""
+    try:
+        with open("/etc/machine-id", encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError):
         return ""
 
 

@@ -374,6 +374,30 @@ def test_the_busy_message_names_the_one_who_is_at_work() -> None:
     repository.collect()
 
 
+def test_a_session_of_an_earlier_boot_of_this_machine_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut kills the process, and after it the boot is another one."""
+    store, repository = new()
+    monkeypatch.setattr(session, "_machine", lambda: "0123456789abcdef0123456789abcdef")
+    session.register(store, session.CREATE)
+    monkeypatch.setattr(session, "_kernel", lambda: "another-boot pid:[1]")
+    repository.collect()
+    assert repository.sessions() == []
+
+
+@pytest.mark.parametrize("unlike", ["_machine", "space", "none"])
+def test_a_session_that_may_live_is_not_ended(unlike: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine of this name, in another process space of this boot, or where neither can be told."""
+    store, repository = new()
+    monkeypatch.setattr(session, "_machine", lambda: "" if unlike == "none" else "one")
+    monkeypatch.setattr(session, "_kernel", lambda: "this-boot pid:[1]")
+    session.register(store, session.CREATE)
+    if unlike == "_machine":
+        monkeypatch.setattr(session, "_machine", lambda: "two")
+    monkeypatch.setattr(session, "_kernel", lambda: "this-boot pid:[2]" if unlike == "space" else "next-boot pid:[1]")
+    with pytest.raises(BusyError):
+        repository.collect()
+
+
 def test_a_session_that_could_not_be_written_blocks_nobody() -> None:
     """The name may be there all the same: a store may fail after it has published."""
     store, repository = new()
