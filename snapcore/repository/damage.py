@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 
 import msgspec
 
-from snapcore.errors import DamagedError, NotFoundError
+from snapcore.errors import DamagedError, NotFoundError, UnsupportedFormatError
 from snapcore.repository import envelope
 from snapcore.repository.envelope import Kind
 from snapcore.repository.index import BadPlaces
 from snapcore.store.interface import Store
 
 PREFIX = "damage/"
+_PACK = re.compile(r"[0-9a-f]{32}")
+_ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Bad(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,9 +39,9 @@ def load(store: Store) -> list[Bad]:
             kind, _, body = envelope.opened(data, name, bytes.fromhex(name.removeprefix(PREFIX)))
             envelope.expect(kind, Kind.DAMAGE, name)
             found = envelope.from_json(body, _Body, name).records
-        except (DamagedError, NotFoundError, ValueError):
+        except (DamagedError, NotFoundError, UnsupportedFormatError, ValueError):
             continue
-        marked |= {(bad.pack, bad.offset): bad for bad in found}
+        marked |= {(bad.pack, bad.offset): bad for bad in found if _PACK.fullmatch(bad.pack) and _ID.fullmatch(bad.id)}
     return list(marked.values())
 
 

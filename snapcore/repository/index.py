@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.errors import DamagedError
+from snapcore.errors import DamagedError, Error, ReadError, UnsupportedFormatError
 from snapcore.repository import envelope, table
 from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.envelope import Kind
@@ -231,7 +231,7 @@ class Index:
         cls,
         store: Store,
         bad: BadPlaces = frozenset(),
-        damaged: Callable[[str, DamagedError], None] | None = None,
+        damaged: Callable[[str, Error], None] | None = None,
     ) -> Index:
         """All index objects that the store lists.
 
@@ -240,7 +240,8 @@ class Index:
         bad : frozenset of (pack id, offset)
             Records that count as missing.
         damaged : callable, optional
-            Is told of index objects that cannot be read; without it the first one is an error.
+            Is told of index objects that cannot be read; without it the first one is an error. The checksums of
+            large ones, of which a look-up reads a part only, are checked then too.
         """
         index = cls(store, bad)
         found = sorted(store.list("index/"), key=lambda item: (item[1], item[0]))
@@ -252,8 +253,10 @@ class Index:
                     small.append(load(store, name))
                     index._resident += len(small[-1].entries)
                 else:
+                    if damaged is not None:
+                        load(store, name)
                     index._add_part(_Paged(store, name, size_bytes, index.slots))
-            except DamagedError as error:
+            except (DamagedError, ReadError, UnsupportedFormatError) as error:
                 if damaged is None:
                     raise
                 damaged(name, error)

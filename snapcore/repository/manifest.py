@@ -18,6 +18,8 @@ from snapcore.store.interface import Store
 PREFIX = "snapshots/"
 DISK_NAME_LIMIT = 255
 SIZE_LIMIT_BYTES = 1 << 60
+SEQUENCE_LIMIT = 0xFFFFFFFF
+_COUNT_LIMIT_BYTES = 1 << 62
 _NAME = re.compile(r"snapshots/([0-9a-f]{16})/([0-9a-f]{8})-([0-9a-f]{32})")
 
 
@@ -85,6 +87,11 @@ def name(domain: Domain, disk: str, sequence: int, snapshot_id: str) -> str:
     return f"{PREFIX}{domain.disk_tag(disk)}/{sequence:08x}-{snapshot_id}"
 
 
+def is_name(object_name: str) -> bool:
+    """Whether an object of this name is a manifest or a tombstone."""
+    return _NAME.fullmatch(object_name) is not None
+
+
 def names(store: Store, domain: Domain | None = None, disk: str | None = None) -> Iterator[str]:
     """Names of all manifests (and tombstones), or of those of one disk in the order of its chain."""
     prefix = PREFIX
@@ -112,8 +119,8 @@ def write_tombstone(store: Store, object_name: str) -> None:
     store.put_new(object_name, [envelope.sealed(Kind.TOMBSTONE, bytes.fromhex(id_in(object_name)), b"{}")])
 
 
-def read(store: Store, object_name: str, domain: Domain) -> Manifest | None:
-    """A manifest, every field checked; None for a tombstone or one that was deleted meanwhile."""
+def read(store: Store, object_name: str, domain: Domain, chunk_bytes: int) -> Manifest | None:
+    """A manifest, every field checked, its chunk size too; None for a tombstone or one that was deleted meanwhile."""
     where = f"{store.url}/{object_name}"
     try:
         data = store.get(object_name, envelope.OBJECT_LIMIT_BYTES)
@@ -125,12 +132,13 @@ def read(store: Store, object_name: str, domain: Domain) -> Manifest | None:
     envelope.expect(kind, Kind.MANIFEST, where)
     manifest = envelope.from_json(body, Manifest, where)
     root = manifest.root
+    counts = (manifest.written_bytes, manifest.changed_bytes, manifest.new_bytes, manifest.stored_bytes)
     whole = (
         0 <= manifest.size_bytes <= SIZE_LIMIT_BYTES
-        and 4096 <= manifest.chunk_bytes <= 4 << 20
-        and manifest.chunk_bytes & (manifest.chunk_bytes - 1) == 0
+        and manifest.chunk_bytes == chunk_bytes
         and manifest.levels == tree.levels_for(manifest.chunks)
         and re.fullmatch(r"[0-9a-f]{64}", root)
+        and all(0 <= count <= _COUNT_LIMIT_BYTES for count in counts)
         and object_name == name(domain, manifest.disk, manifest.sequence, manifest.id)
     )
     if not whole:

@@ -175,6 +175,9 @@ class Objects:
         head = record.parse_header(raw, where)
         if head.id != object_id or head.kind != kind:
             raise DamagedError(f"{where}: the record of {head.id.hex()} where that of {object_id.hex()} belongs")
+        if head.form != place.form:
+            # Were a patch taken for a base, patches could rest on patches, and on themselves.
+            raise DamagedError(f"{where}: the record of {head.id.hex()} has not the form that the index names")
         return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
 
     def checked(self, kind: RecordKind, head: record.RecordHeader, payload: Buffer, where: str) -> Buffer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import struct
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.envelope import Kind
 from snapcore.repository.record import Form, Record, RecordHeader, RecordKind
 from snapcore.repository.table import Table, TableBuilder
-from snapcore.store.interface import Reader
+from snapcore.store.interface import Lister, Reader
 
 PACK_BYTES = 16 << 20
 PACK_LIMIT_BYTES = 1 << 30
@@ -26,11 +27,26 @@ FOOTER_BYTES = 32
 
 _FOOTER = struct.Struct("<8sQQQ")
 _FOOTER_MAGIC = b"SNAPFOOT"
+_NAME = re.compile(r"packs/[0-9a-f]{32}")
 
 
 def name(pack_id: bytes) -> str:
     """Name of a pack in the store."""
     return f"packs/{pack_id.hex()}"
+
+
+def is_name(found: str) -> bool:
+    """Whether an object of this name is a pack."""
+    return _NAME.fullmatch(found) is not None
+
+
+def sizes(store: Lister) -> dict[bytes, int]:
+    """Id and size in bytes of every pack in a store; what has no name of a pack is left out."""
+    return {
+        bytes.fromhex(found.removeprefix("packs/")): size_bytes
+        for found, size_bytes in store.list("packs/")
+        if is_name(found)
+    }
 
 
 class PackBuilder:
@@ -112,7 +128,9 @@ class Found:
 
 def records(data: Buffer, where: str) -> Iterator[Found]:
     """Every record of a pack's bytes, the directory included; goes on behind a damaged one at the next magic."""
-    view = memoryview(data)
+    whole = bytes(data)
+    view = memoryview(whole)
+    lost = False
     offset_bytes = envelope.HEADER_BYTES
     end = len(data) - FOOTER_BYTES
     while offset_bytes < end:
@@ -124,11 +142,15 @@ def records(data: Buffer, where: str) -> Iterator[Found]:
             if stop > len(data):
                 raise DamagedError(f"{where} at {offset_bytes}: a record that ends beyond the pack")
         except DamagedError as error:
-            yield Found(offset_bytes, None, view[:0], str(error))
-            offset_bytes = bytes(data).find(b"SREC", offset_bytes + 1)
+            # One message for a stretch of damage, however many false beginnings lie in it.
+            if not lost:
+                yield Found(offset_bytes, None, view[:0], str(error))
+            lost = True
+            offset_bytes = whole.find(b"SREC", offset_bytes + 1)
             if offset_bytes < 0:
                 return
             continue
+        lost = False
         yield Found(offset_bytes, head, view[offset_bytes + record.HEADER_BYTES : stop], None)
         offset_bytes = stop
 
@@ -142,7 +164,7 @@ def scan_directory(data: Buffer, pack_id: bytes) -> Table:
         if head is None or head.kind == RecordKind.DIRECTORY:
             continue
         try:
-            plain = record.payload_plain(head, found.payload, PACK_LIMIT_BYTES, where)
+            plain = record.payload_plain(head, found.payload, table.STORED_LIMIT_BYTES, where)
             base = record.patch_base(plain, where) if head.form == Form.PATCH else None
         except DamagedError:
             continue

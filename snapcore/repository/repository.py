@@ -194,11 +194,7 @@ class Repository:
             matching = [name for name in names if manifest.id_in(name).startswith(snapshot)]
         else:
             matching = []
-        found = [
-            item
-            for item in (self._manifest(name) for name in matching)
-            if item is not None
-        ]
+        found = [item for item in (self._manifest(name) for name in matching) if item is not None]
         if not found:
             found = [item for item in self.snapshots() if item.label == snapshot]
         if not found:
@@ -217,7 +213,9 @@ class Repository:
         old, new = self.find(a), self.find(b)
         objects = self._context.objects()
         parts = [np.empty(0, dtype=np.int64)]
-        for first, (leaf_a, leaf_b) in tree.differing(objects.node, old.tree, new.tree, stop=max(old.chunks, new.chunks)):
+        for first, (leaf_a, leaf_b) in tree.differing(
+            objects.node, old.tree, new.tree, stop=max(old.chunks, new.chunks)
+        ):
             parts.append(first + np.flatnonzero((leaf_a != leaf_b).any(axis=1)))
         return extents.from_blocks(np.concatenate(parts), self.chunk_bytes, max(old.size_bytes, new.size_bytes))
 

@@ -104,7 +104,7 @@ def _pieces(objects: Objects, snapshot: Manifest, target: RawTarget, missing: _M
             raise error
         missing.add(first, min(count, snapshot.chunks - first))
 
-    for first, leaf in tree.leaves(snapshot.tree, objects.node, damaged=lost):
+    for first, leaf in tree.leaves(snapshot.tree, objects.node, stop=snapshot.chunks, damaged=lost):
         yield from _zeros(filled, at, first, objects.chunk_bytes)
         for slot in range(0, FANOUT, step):
             part = leaf[slot : slot + step]

@@ -31,6 +31,13 @@ from snapcore.repository.table import Entries, entry_ids, ids_of
 from snapcore.repository.tree import FANOUT, used_slots
 from snapcore.store import Store
 
+_RUNS_LIMIT = 1 << 15
+# Per pack: one that was made to be a nuisance can hold millions of records that are wrong.
+_PROBLEMS_LIMIT = 1000
+
+# (offset, id) of a record → (kind, form, whole length, length after decoding)
+_Records = dict[tuple[int, bytes], tuple[int, int, int, int]]
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -118,6 +125,14 @@ class _Report:
     problems: list[Problem] = field(default_factory=list)
     lost: list[Bad] = field(default_factory=list)
     lost_problems: list[Problem] = field(default_factory=list)
+    unnamed: int = 0
+
+    def add(self, where: str, what: str) -> None:
+        """Name a record that is damaged, or only count it when many have been named."""
+        if len(self.problems) < _PROBLEMS_LIMIT:
+            self.problems.append(Problem(where, what))
+        else:
+            self.unnamed += 1
 
 
 def verify(context: Context, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
@@ -129,6 +144,8 @@ def verify(context: Context, progress: ProgressCallback | None = None, executor:
     known = Index.load(context.store, damaged=lambda name, error: problems.append(Problem(name, str(error))))
     objects = Objects(context.store, known, context.domain, context.config.chunk_bytes)
     tasks = _tasks(context, known)
+    strays = [name for name, _ in context.store.list("packs/") if not pack.is_name(name)]
+    problems += [Problem(name, "this is no name of a pack; remove what does not belong there") for name in strays]
     meter = Meter(progress, "verify", sum(task.size_bytes or 0 for task in tasks))
     reports = []
     with executor_or_own(executor) as hands:
@@ -184,7 +201,7 @@ def _tasks(context: Context, known: Index) -> list[_Task]:
         borders = np.searchsorted(rows["pack"], np.arange(len(contents.packs) + 1))
         for number, pack_id in enumerate(contents.packs):
             entries.setdefault(pack_id, []).append(rows[borders[number] : borders[number + 1]])
-    sizes = {bytes.fromhex(name.removeprefix("packs/")): size for name, size in context.store.list("packs/")}
+    sizes = pack.sizes(context.store)
     return [_Task(pack_id, sizes.get(pack_id), entries.get(pack_id, [])) for pack_id in sorted(sizes | entries)]
 
 
@@ -198,8 +215,8 @@ class _CheckPack:
     def __call__(self, task: _Task) -> _Report:
         name = pack.name(task.pack_id)
         report = _Report(size_bytes=task.size_bytes or 0)
-        right: set[tuple[int, bytes]] = set()
-        baseless: set[tuple[int, bytes]] = set()
+        right: _Records = {}
+        baseless: _Records = {}
         try:
             if task.size_bytes is None:
                 raise NotFoundError(f"the pack {name} is gone")
@@ -236,55 +253,75 @@ class _CheckPack:
         data: bytes,
         name: str,
         report: _Report,
-        right: set[tuple[int, bytes]],
-        baseless: set[tuple[int, bytes]],
+        right: _Records,
+        baseless: _Records,
+    ) -> None:
+        try:
+            self._check_each(data, name, report, right, baseless)
+        except UnsupportedFormatError as error:
+            report.problems.append(Problem(name, str(error)))
+        if report.unnamed:
+            report.problems.append(Problem(name, f"{report.unnamed} more records are damaged"))
+
+    def _check_each(
+        self,
+        data: bytes,
+        name: str,
+        report: _Report,
+        right: _Records,
+        baseless: _Records,
     ) -> None:
         for found in pack.records(data, name):
             where = f"{name} at {found.offset_bytes}"
             head = found.header
             if head is None:
-                report.problems.append(Problem(where, found.problem or "unreadable"))
+                report.add(where, found.problem or "unreadable")
             elif head.kind != RecordKind.DIRECTORY:
                 try:
                     self._objects.checked(head.kind, head, found.payload, where)
                 except MissingObjectError as error:
-                    baseless.add((found.offset_bytes, head.id))
+                    baseless[found.offset_bytes, head.id] = _fields(head)
                     report.lost_problems.append(Problem(where, str(error)))
                 except DamagedError as error:
-                    report.problems.append(Problem(where, str(error)))
+                    report.add(where, str(error))
                 else:
-                    right.add((found.offset_bytes, head.id))
+                    right[found.offset_bytes, head.id] = _fields(head)
                     report.records += 1
                     if head.kind == RecordKind.CHUNK:
                         report.plain_bytes += self._objects.chunk_bytes
 
-    def _one_by_one(self, task: _Task, report: _Report) -> set[tuple[int, bytes]]:
+    def _one_by_one(self, task: _Task, report: _Report) -> _Records:
         """What can still be read of a pack on a failing medium."""
-        right = set()
+        right: _Records = {}
         for entries in task.entries:
             for object_id, entry in zip(entry_ids(entries), entries, strict=True):
                 try:
                     raw = self._store.get_range(pack.name(task.pack_id), int(entry["offset"]), int(entry["stored"]))
                     where = f"{pack.name(task.pack_id)} at {entry['offset']}"
                     head = record.parse_header(raw, where)
+                    if head.id != object_id.tobytes() or head.kind == RecordKind.DIRECTORY:
+                        continue
                     self._objects.checked(head.kind, head, raw[record.HEADER_BYTES :], where)
-                except (DamagedError, ReadError):
+                except (DamagedError, NotFoundError, ReadError, UnsupportedFormatError):
                     continue
-                right.add((int(entry["offset"]), object_id.tobytes()))
+                right[int(entry["offset"]), head.id] = _fields(head)
                 report.records += 1
         return right
 
     @staticmethod
-    def _compare(
-        entries: Entries, pack_id: bytes, right: set[tuple[int, bytes]], bad: list[Bad], problems: list[Problem]
-    ) -> None:
+    def _compare(entries: Entries, pack_id: bytes, right: _Records, bad: list[Bad], problems: list[Problem]) -> None:
         """Index entries that lead to no good record are bad."""
-        offsets = entries["offset"].tolist()
-        for object_id, offset in zip(entry_ids(entries), offsets, strict=True):
-            if (offset, object_id.tobytes()) not in right:
+        values = entries[["offset", "kind", "form", "stored", "plain"]].tolist()
+        for object_id, (offset, *fields) in zip(entry_ids(entries), values, strict=True):
+            if right.get((offset, object_id.tobytes())) != tuple(fields):
                 where = f"{pack.name(pack_id)} at {offset}"
                 bad.append(Bad(pack=pack_id.hex(), offset=offset, id=object_id.tobytes().hex()))
                 problems.append(Problem(where, f"no readable record of {object_id.tobytes().hex()}"))
+
+
+def _fields(head: record.RecordHeader) -> tuple[int, int, int, int]:
+    """What an index entry says of a record, beside its place and its id."""
+    return int(head.kind), int(head.form), record.HEADER_BYTES + head.payload_bytes, head.plain_bytes
 
 
 class _InMemory:
@@ -319,44 +356,51 @@ def _mark(context: Context, bad: list[Bad], problems: list[Problem]) -> int:
 
 
 def _hits(snapshots: list[Manifest], objects: Objects) -> Iterator[Hit]:
-    """Snapshots that need something that is missing, with the byte ranges; shared subtrees are looked at once."""
-    seen: dict[bytes, tuple[tuple[int, int], ...]] = {}
+    """Snapshots that need something that is missing, with the byte ranges; shared subtrees are looked at once.
 
-    def lost(node_id: bytes, level: int) -> tuple[tuple[int, int], ...]:
-        if node_id in seen:
-            return seen[node_id]
+    Of more than `_RUNS_LIMIT` runs below a node, only those of its children that are hit are told apart.
+    """
+    seen: dict[tuple[bytes, int], Extents] = {}
+
+    def lost(node_id: bytes, level: int) -> Extents:
+        """Runs of chunks that are missing below a node, counted from its first chunk."""
+        found = seen.get((node_id, level))
+        if found is None:
+            found = seen[node_id, level] = below(node_id, level)
+        return found
+
+    def below(node_id: bytes, level: int) -> Extents:
         try:
             node = tree.opened(node_id, objects.node)
-        except DamagedError:
-            rows: list[tuple[int, int]] = [(0, FANOUT**level)]
-        else:
-            slots = used_slots(node)
-            if level == 1:
-                ids = ids_of(node[slots].tobytes())
-                places = objects.index.find_many(ids)
-                rows = [
-                    (int(slot), 1)
-                    for slot, place in zip(slots, places, strict=True)
-                    if not _whole(place, objects.index)
-                ]
-            else:
-                width = FANOUT ** (level - 1)
-                rows = [
-                    (int(slot) * width + first, count)
-                    for slot in slots
-                    for first, count in lost(node[slot].tobytes(), level - 1)
-                ]
-        seen[node_id] = tuple(rows)
-        return seen[node_id]
+        except (DamagedError, UnsupportedFormatError):
+            return extents.from_pairs([(0, FANOUT**level)])
+        slots = used_slots(node).tolist()
+        if level == 1:
+            places = objects.index.find_many(ids_of(node[slots].tobytes()))
+            return extents.from_pairs(
+                [(slot, 1) for slot, place in zip(slots, places, strict=True) if not _whole(place, objects.index)]
+            )
+        width = FANOUT ** (level - 1)
+        parts = [(slot, lost(node[slot].tobytes(), level - 1)) for slot in slots]
+        rows = np.concatenate([extents.empty(), *(part + np.array([slot * width, 0]) for slot, part in parts)])
+        if len(rows) > _RUNS_LIMIT:
+            # Nodes that are used again and again can stand for more runs than any memory holds.
+            return extents.from_pairs([(slot * width, width) for slot, part in parts if len(part)])
+        return extents.merged(rows)
 
     for snapshot in snapshots:
         if snapshot.tree.id == ZERO_ID:
             continue
-        rows = extents.from_pairs(lost(snapshot.tree.id, snapshot.levels)) * snapshot.chunk_bytes
+        rows = extents.clipped(lost(snapshot.tree.id, snapshot.levels), 0, snapshot.chunks) * snapshot.chunk_bytes
         if len(rows):
             yield Hit(snapshot.id, snapshot.disk, extents.clipped(rows, 0, snapshot.size_bytes))
 
 
 def _whole(place: Place | None, known: Index) -> bool:
     """Whether a chunk, and the base of its patch, are where they should be."""
-    return place is not None and (place.base is None or known.find(place.base) is not None)
+    if place is None or place.kind != RecordKind.CHUNK:
+        return False
+    if place.base is None:
+        return True
+    base = known.find_full(place.base)
+    return base is not None and base.kind == RecordKind.CHUNK

@@ -217,7 +217,8 @@ class _OpenFile:
         self.path = path
         self.descriptor = -1
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without O_NONBLOCK a pipe under an object's name would be waited for.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             found = os.fstat(self.descriptor)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"there is no {path}") from error

@@ -15,6 +15,7 @@ import numpy as np
 
 from snapcore import Error, Repository, extents
 from snapcore.extents import Extents
+from snapcore.persist import Medium
 from snapcore.repository.manifest import Manifest
 from snapcore.store import MemoryStore
 from tests.support.forge import Objects, objects_of, store_of
@@ -54,7 +55,7 @@ class Small:
     ----------
     objects : dict of name to bytes
     older_index : dict of name to bytes
-        Index objects that once were and are gone.
+        All index objects as they once were; later snapshots are not in them.
     snapshots : dict of id to Manifest
     content : dict of id to bytes
     disks : dict of disk to the id of its newest snapshot
@@ -115,7 +116,6 @@ def make_small(chunk_bytes: int, chunks: int, compression: str = "lz4", seed: in
             if step == 2 and number == 1:
                 break
     made.objects = objects_of(store)
-    made.older_index = {name: body for name, body in made.older_index.items() if name not in made.objects}
     return made
 
 
@@ -183,10 +183,20 @@ def chunks_in(rows: Extents, chunk_bytes: int) -> set[int]:
     }
 
 
+class Careless(Medium):
+    """A medium that makes nothing durable: for tests of what is read, which need not wait for a disk."""
+
+    def sync(self, descriptor: int) -> None:
+        return
+
+    def sync_folder(self, path: str) -> None:
+        return
+
+
 def restored(repository: Repository, snapshot_id: str, folder: Path) -> bytes:
     """The bytes of a snapshot by way of restore."""
     target = folder / f"{snapshot_id}-{os.urandom(4).hex()}"
-    repository.restore(snapshot_id, target)
+    repository.restore(snapshot_id, target, medium=Careless())
     data = target.read_bytes()
     target.unlink()
     return data
