@@ -390,10 +390,11 @@ def test_a_restore_after_a_crash_of_one_ends_right(in_place: bool, tmp_path: Pat
 @pytest.mark.usefixtures("small_packs")
 @pytest.mark.parametrize("do", [*WORKS, everything], ids=lambda do: do.__name__)
 def test_a_crash_campaign(do: Callable[[Work], None], tmp_path: Path) -> None:
-    """Every state that 200 samples a prefix find, and work goes on in each."""
+    """Work goes on in every state that `SNAPCORE_CRASH_SAMPLES` samples a prefix find, 200 unless told."""
+    samples = int(os.environ.get("SNAPCORE_CRASH_SAMPLES", "200"))
     for chunk_bytes in (4096, 16 << 10):
         root = tmp_path / str(chunk_bytes)
         work = make(root, chunk_bytes)
         do(work)
-        count = replay(work, tmp_path / "crashed", 200, disk(8, 12))
+        count = replay(work, tmp_path / "crashed", samples, disk(8, 12))
         print(f"{do.__name__}, chunks of {chunk_bytes}: {len(work.recorder.operations)} operations, {count} states")
