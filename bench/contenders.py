@@ -184,9 +184,7 @@ class QemuImg(Contender):
     def restore(self, generation: int, folder: Path) -> list[Command]:
         target = folder / self.images[generation].name
         durable = ("-t", "writeback")
-        return [
-            self._command("convert", *durable, "-f", "qcow2", "-O", "raw", self._layer(generation), target)
-        ]
+        return [self._command("convert", *durable, "-f", "qcow2", "-O", "raw", self._layer(generation), target)]
 
     def verify(self) -> list[Command]:
         return []
@@ -236,7 +234,8 @@ class Compare(Contender):
 def find_snapcore(executable: str | None) -> str:
     """The snapcore executable: the given one, or the one on PATH, or the one beside this interpreter."""
     beside = Path(sys.executable).with_name("snapcore")
-    return executable or shutil.which("snapcore") or str(beside)
+    found = shutil.which(executable or "snapcore") or executable or beside
+    return str(Path(found).absolute())
 
 
 def all_contenders(snapcore: str | None) -> list[Contender]:

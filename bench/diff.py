@@ -1,7 +1,7 @@
-"""`python bench/diff.py A B [--runs 5]`: `snapcore diff` beside the plain two-thread compare in C (compare.c), taking turns.
+"""`snapcore diff` beside the plain two-thread compare in C (compare.c), taking turns: `python bench/diff.py A B`.
 
-Whole processes are measured, with what starting Python costs; the inner time of the C program is printed too. Relies on a
-C compiler. The bar: median of the ratios of wall times at most 1.3.
+Whole processes are measured, with what starting Python costs; the inner time of the C program is printed too.
+Relies on a C compiler. The bar: median of the ratios of wall times at most 1.3.
 """
 
 import statistics

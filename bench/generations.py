@@ -249,11 +249,15 @@ def keep_settings(folder: Path, settings: Settings) -> None:
 
 
 def isolate() -> None:
-    """Start this program again in a mount and process namespace of its own, in which nothing outlives it."""
+    """Run this program again in a mount and process namespace of its own, in which nothing outlives this one.
+
+    unshare does not pass on SIGTERM, so the death of this process is what ends it.
+    """
     if _ISOLATED not in os.environ:
-        os.environ[_ISOLATED] = "1"
+        die_with_parent = ["setpriv", "--pdeathsig", "KILL"]
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        os.execvp("unshare", [*unshare, sys.executable, *sys.orig_argv[1:]])
+        command = [*die_with_parent, *unshare, sys.executable, *sys.orig_argv[1:]]
+        sys.exit(subprocess.run(command, env=os.environ | {_ISOLATED: "1"}, check=False).returncode)
 
 
 def parse_bytes(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
@@ -276,9 +280,7 @@ def print_table(rows: list[Row]) -> None:
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--size", "size_bytes", default="8G", show_default=True, callback=parse_bytes, help="Disk size."
-)
+@click.option("--size", "size_bytes", default="8G", show_default=True, callback=parse_bytes, help="Disk size.")
 @click.option("--scale", default=1.0, show_default=True, help="Used bytes: 1 is 3.1 GB, 0.1 is the least.")
 @click.option("--count", default=5, show_default=True, help="Number of generations.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

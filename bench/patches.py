@@ -39,9 +39,7 @@ def patch(image: Path, rng: random.Random) -> None:
     """Change an image: random blocks inside its data, and new data in its largest hole."""
     starts = [start for extent in data_extents(image) for start in range(*extent, BLOCK_BYTES)]
     if len(starts) < PATCHED_BLOCKS:
-        raise click.ClickException(
-            f"{image.name} has only {len(starts)} blocks of data, {PATCHED_BLOCKS} needed"
-        )
+        raise click.ClickException(f"{image.name} has only {len(starts)} blocks of data, {PATCHED_BLOCKS} needed")
     start, end = max(holes(image), key=lambda hole: hole[1] - hole[0], default=(0, 0))
     if end - start < APPENDED_BYTES:
         raise click.ClickException(f"{image.name} has no hole of {APPENDED_BYTES} bytes")
@@ -91,9 +89,7 @@ def main(image: Path, work_folder: Path | None, snapcore: str | None, as_json: b
         return
     verdict = "pass" if outcome.passed else "FAIL"
     click.echo(f"changed 4-KiB blocks  {outcome.changed_bytes / 1e6:8.1f} MB")
-    click.echo(
-        f"new bytes             {outcome.new_bytes / 1e6:8.1f} MB, stored {outcome.stored_bytes / 1e6:.1f} MB"
-    )
+    click.echo(f"new bytes             {outcome.new_bytes / 1e6:8.1f} MB, stored {outcome.stored_bytes / 1e6:.1f} MB")
     click.echo(f"new ÷ changed         {outcome.ratio:8.2f} (≤ {MOST_KEPT}: {verdict})")
 
 

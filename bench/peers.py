@@ -111,9 +111,7 @@ def find_images(folder: Path) -> list[Path]:
     while (image := folder / f"gen{len(images)}.img").exists():
         images.append(image)
     if len(images) < 2:
-        raise click.ClickException(
-            f"{folder} needs gen0.img and gen1.img at least; make them with generations.py"
-        )
+        raise click.ClickException(f"{folder} needs gen0.img and gen1.img at least; make them with generations.py")
     return images
 
 
@@ -142,9 +140,7 @@ def measure(contest: Contest, runs: int) -> list[Sample]:
 
 
 @click.command()
-@click.argument(
-    "folder", metavar="GENERATIONS_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("folder", metavar="GENERATIONS_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds.")
 @click.option(
     "--work",

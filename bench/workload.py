@@ -69,9 +69,7 @@ def append_log(root: Path, generation: int, size_bytes: int) -> None:
             second += int(rng.integers(0, 60))
             port, process = rng.integers(1024, 65536, 2)
             stamp = f"gen{generation} +{second:08}s"
-            written_bytes += file.write(
-                f"{stamp} sshd[{process}]: Connection closed, port {port} [preauth]\n"
-            )
+            written_bytes += file.write(f"{stamp} sshd[{process}]: Connection closed, port {port} [preauth]\n")
 
 
 def delete_documentation(root: Path, generation: int) -> None:

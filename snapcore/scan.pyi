@@ -22,6 +22,9 @@ def zero_mask(data: Buffer, block_bytes: int) -> npt.NDArray[np.uint8]:
 def differing_mask(a: Buffer, b: Buffer, block_bytes: int) -> npt.NDArray[np.uint8]:
     """Which blocks of two buffers of one length differ: uint8 array of shape (blocks,), 1 where they do."""
 
+def same_bytes(a: Buffer, b: Buffer) -> bool:
+    """Whether two buffers hold the same bytes."""
+
 def zero_extents(data: Buffer, block_bytes: int, offset: int = 0) -> npt.NDArray[np.int64]:
     """Runs of zero blocks.
 

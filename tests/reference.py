@@ -32,6 +32,11 @@ def differing_mask(a: bytes, b: bytes, block_bytes: int) -> list[int]:
     return [int(block_a != block_b) for block_a, block_b in pairs]
 
 
+def same_bytes(a: bytes, b: bytes) -> bool:
+    """Whether two buffers hold the same bytes."""
+    return a == b
+
+
 def extents(mask: list[int], wanted: int, block_bytes: int, size_bytes: int, offset: int) -> list[list[int]]:
     """Runs of `wanted` in a mask as [offset, length] in bytes, the last one cut at the end of the buffer."""
     rows: list[list[int]] = []

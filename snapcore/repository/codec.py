@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import lz4.block
 
+from snapcore import scan
 from snapcore.errors import DamagedError, UsageError
 from snapcore.persist import Buffer
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 COMPRESSIONS = ("lz4", "zstd", "none")
 # Below a gain of 1/32 the reader's time is worth more than the space.
 _GAIN_DIVISOR = 32
+# On a Debian system's disk, 64-KiB chunks, one thread of an EPYC: 1 packs 2.13 : 1 at 0.76 GB/s, 2 packs 2.07 at 0.97,
+# 4 packs 1.97 at 1.09.
+_LZ4_ACCELERATION = 2
+# A frame says how much memory its decoding takes: up to 128 MiB unless limited. 8 MiB hold any chunk and any patch.
+_ZSTD_WINDOW_LOG = 23
 
 
 class Codec(IntEnum):
@@ -36,16 +42,14 @@ def encode(plain: Buffer, compression: str) -> tuple[Codec, Buffer]:
     DamagedError
         The compressed form does not decode to the plain bytes: memory or processor fail.
     """
-    # A copy: the caller may use its memory again before the record is written. (And bytes compare at memcmp's speed,
-    # a memoryview item by item: 63 µs a chunk.)
-    plain = bytes(plain)
+    # What is stored as it is must be a copy: the caller may use its memory again before the record is written.
     if compression == "none" or len(plain) == 0:
-        return Codec.RAW, plain
+        return Codec.RAW, bytes(plain)
     codec, encoder = _ENCODERS[compression]
     packed = encoder(plain)
     if len(packed) > len(plain) - len(plain) // _GAIN_DIVISOR:
-        return Codec.RAW, plain
-    if decode(codec, packed, len(plain)) != plain:
+        return Codec.RAW, bytes(plain)
+    if not scan.same_bytes(decode(codec, packed, len(plain)), plain):
         raise DamagedError("a chunk was not the same after compression; check this machine's memory")
     return codec, packed
 
@@ -57,7 +61,7 @@ def decode(codec: int, payload: Buffer, plain_bytes: int) -> Buffer:
     elif codec == Codec.LZ4:
         try:
             plain = lz4.block.decompress(payload, uncompressed_size=plain_bytes)
-        except (lz4.block.LZ4BlockError, ValueError) as error:
+        except (lz4.block.LZ4BlockError, ValueError, OverflowError) as error:
             raise DamagedError(f"an LZ4 payload does not decode: {error}") from error
     elif codec == Codec.ZSTD:
         plain = _zstd_decode(payload, plain_bytes)
@@ -84,7 +88,7 @@ def _zstd() -> ModuleType:
 
 
 def _lz4_encode(plain: Buffer) -> bytes:
-    packed: bytes = lz4.block.compress(plain, store_size=False)
+    packed: bytes = lz4.block.compress(plain, store_size=False, mode="fast", acceleration=_LZ4_ACCELERATION)
     return packed
 
 
@@ -96,7 +100,7 @@ def _zstd_encode(plain: Buffer) -> bytes:
 def _zstd_decode(payload: Buffer, plain_bytes: int) -> bytes:
     zstd = _zstd()
     try:
-        decoder = zstd.ZstdDecompressor()
+        decoder = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG})
         plain: bytes = decoder.decompress(payload, max_length=plain_bytes + 1)
     except zstd.ZstdError as error:
         raise DamagedError(f"a Zstandard payload does not decode: {error}") from error

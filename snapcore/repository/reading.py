@@ -18,12 +18,12 @@ from snapcore import digest, extents, scan
 from snapcore.errors import DamagedError
 from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES
-from snapcore.repository import tree
+from snapcore.repository import record, tree
 from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.hints import Fingerprints, Hints
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import Record, RecordKind
-from snapcore.repository.storer import encoded
+from snapcore.repository.storer import patched
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, Node, Root
 from snapcore.source import Source
@@ -103,7 +103,10 @@ class Reading:
             try:
                 leaf = tree.leaf(self._parent, self._objects.node, start)
             except DamagedError:
-                # It is in `suspect`: what is found in the source there counts as new.
+                low, high = max(first, start), min(first + count, start + FANOUT)
+                if not self._suspect_mask(low, high - low).all():
+                    raise
+                # What is found in the source there counts as new.
                 continue
             if leaf is not None:
                 low, high = max(first, start), min(first + count, start + FANOUT)
@@ -136,7 +139,7 @@ class Reading:
         suspect = self._suspect_mask(first, count)
         same = np.zeros(count, dtype=np.bool)
         if self._trusted:
-            same = (prints == self._hints.read(first, count)) & ~zero & ~suspect
+            same = (prints == self._hints.read(first, count)) & (prints != 0) & ~suspect
         if same.all():
             return Outcome(span, None, prints, 0, 0, [])
         old = self.parent_ids(first, count)
@@ -159,16 +162,12 @@ class Reading:
         patchable = [slot for slot in slots if old[slot].any()]
         found = self._objects.bases(RecordKind.CHUNK, ids_of(old[patchable].tobytes()))
         bases = dict(zip(patchable, found, strict=True))
-        return [
-            encoded(
-                RecordKind.CHUNK,
-                ids[slot].tobytes(),
-                data[slot * size : (slot + 1) * size],
-                bases.get(slot),
-                self._compression,
-            )
-            for slot in slots
-        ]
+        records = []
+        for slot in slots:
+            plain, chunk_id = data[slot * size : (slot + 1) * size], ids[slot].tobytes()
+            item = patched(RecordKind.CHUNK, chunk_id, plain, bases.get(slot), self._compression)
+            records.append(item or record.make(RecordKind.CHUNK, chunk_id, plain, self._compression))
+        return records
 
     def _suspect_mask(self, first: int, count: int) -> npt.NDArray[np.bool]:
         mask = np.zeros(count, dtype=np.bool)

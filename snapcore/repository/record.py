@@ -88,8 +88,8 @@ class RecordHeader:
 
 def make(kind: RecordKind, record_id: bytes, plain: Buffer, compression: str, base: bytes | None = None) -> Record:
     """A record of `plain`: the whole object, or the plain form of a patch when a base is named."""
-    form = Form.FULL if base is None else Form.PATCH
     how, payload = codec.encode(plain, compression)
+    form = Form.FULL if base is None else Form.PATCH
     checked = _HEADER.pack(
         _MAGIC, kind, how, form, 0, len(payload), len(plain), record_id, xxhash.xxh3_64_intdigest(payload)
     )

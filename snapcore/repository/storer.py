@@ -20,8 +20,8 @@ from snapcore.repository.table import Table, ids_of
 from snapcore.store.interface import Reader, Store
 
 _UPLOADS = 2
-# 2**17 entries stand for 8 GiB of chunks of 64 KiB, and for some 40 MB of Python objects.
-_INDEX_ENTRIES = 1 << 17
+# 2**16 entries stand for 4 GiB of chunks of 64 KiB, and for some 30 MB of Python objects.
+_INDEX_ENTRIES = 1 << 16
 
 
 class PendingReader:
@@ -98,7 +98,8 @@ class Storer:
         node_id = self._objects.domain.node_id(plain)
         if self._index.find(node_id) is None:
             base = self._objects.bases(RecordKind.NODE, ids_of(old_id))[0] if any(old_id) else None
-            self._append(encoded(RecordKind.NODE, node_id, plain, base, self._compression))
+            item = patched(RecordKind.NODE, node_id, plain, base, self._compression)
+            self._append(item or record.make(RecordKind.NODE, node_id, plain, self._compression))
         return node_id
 
     def add_table(self, contents: Table) -> None:
@@ -156,10 +157,9 @@ class Storer:
         self._entries = 0
 
 
-def encoded(kind: RecordKind, object_id: bytes, plain: Buffer, base: Base | None, compression: str) -> Record:
-    """The record of an object: a patch of the base where there is one and that is shorter, or full."""
-    if base is not None:
-        patch = record.make_patch(plain, base.id, base.plain, record.UNIT_BYTES[kind])
-        if patch is not None:
-            return record.make(kind, object_id, patch, compression, base.id)
-    return record.make(kind, object_id, plain, compression)
+def patched(kind: RecordKind, object_id: bytes, plain: Buffer, base: Base | None, compression: str) -> Record | None:
+    """The record of an object as a patch; None where there is no base or a patch would not be shorter."""
+    if base is None:
+        return None
+    patch = record.make_patch(plain, base.id, base.plain, record.UNIT_BYTES[kind])
+    return None if patch is None else record.make(kind, object_id, patch, compression, base.id)

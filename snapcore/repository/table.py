@@ -11,12 +11,21 @@ import numpy.typing as npt
 from snapcore.errors import DamagedError
 from snapcore.persist import Buffer
 from snapcore.repository.domain import ID_BYTES
-from snapcore.repository.record import HEADER_BYTES, Form, Record, RecordKind
+from snapcore.repository.record import (
+    CHUNK_UNIT_BYTES,
+    HEADER_BYTES,
+    Form,
+    Record,
+    RecordKind,
+    patch_limit_bytes,
+)
 
 FENCE_ENTRIES = 64
 ENTRY_LIMIT = 1 << 18
 NO_BASE = 0xFFFFFFFF
 PACK_ID_BYTES = 16
+# Nothing that is stored is longer than a patch of the largest chunk (4 MiB) that changes all of it.
+STORED_LIMIT_BYTES = HEADER_BYTES + patch_limit_bytes(4 << 20, CHUNK_UNIT_BYTES)
 
 ENTRY = np.dtype(
     [
@@ -34,6 +43,8 @@ ENTRY = np.dtype(
     ]
 )
 _HEADER = struct.Struct("<QIIII")
+# An entry as ENTRY has it: key and rest are the id.
+_ROW = struct.Struct("<32sIIIIBBBBI")
 
 Entries = npt.NDArray[np.void]
 Ids = npt.NDArray[np.void]
@@ -137,6 +148,7 @@ def check_entries(entries: Entries, found: Layout, where: str) -> None:
     right = (
         (entries["pack"] < found.pack_count)
         & (entries["stored"] >= HEADER_BYTES)
+        & (entries["stored"] <= STORED_LIMIT_BYTES)
         & ((entries["kind"] == RecordKind.CHUNK) | (entries["kind"] == RecordKind.NODE))
         & (entries["form"] <= Form.PATCH)
         & np.where(patch, entries["base"] < found.base_count, entries["base"] == NO_BASE)
@@ -152,35 +164,32 @@ class TableBuilder:
     def __init__(self) -> None:
         self._packs: dict[bytes, int] = {}
         self._bases: dict[bytes, int] = {}
-        self._rows: list[tuple[int, bytes, int, int, int, int, int, int, int, int, int]] = []
+        self._rows = bytearray()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) // _ROW.size
 
     def add(self, record: Record, pack: bytes, offset_bytes: int) -> None:
         """Note where a record lies."""
         base = NO_BASE
         if record.base is not None:
             base = self._bases.setdefault(record.base, len(self._bases))
-        self._rows.append(
-            (
-                int.from_bytes(record.id[:8], "little"),
-                record.id[8:],
-                self._packs.setdefault(pack, len(self._packs)),
-                offset_bytes,
-                record.stored_bytes,
-                record.plain_bytes,
-                record.kind,
-                record.form,
-                record.codec,
-                0,
-                base,
-            )
+        self._rows += _ROW.pack(
+            record.id,
+            self._packs.setdefault(pack, len(self._packs)),
+            offset_bytes,
+            record.stored_bytes,
+            record.plain_bytes,
+            record.kind,
+            record.form,
+            record.codec,
+            0,
+            base,
         )
 
     def table(self) -> Table:
         """What was noted, sorted by key."""
-        rows = np.array(self._rows, dtype=ENTRY)
+        rows = np.frombuffer(bytes(self._rows), dtype=ENTRY)
         order = np.argsort(rows["key"], kind="stable")
         return Table(tuple(self._packs), rows[order], ids_of(b"".join(self._bases)))
 

@@ -199,7 +199,9 @@ def test_mistakes_are_told_on_standard_error(run: Run, arguments: list[str], cod
 
 
 def test_output_into_a_closed_pipe_ends_quietly(taken: list[dict[str, Any]], tmp_path: Path) -> None:
-    code = "import os,sys; sys.argv=['snapcore','snapshot','list','-r','repo','--json']; from snapcore.cli import main; main()"
+    code = (
+        "import sys; sys.argv = 'snapcore snapshot list -r repo --json'.split(); from snapcore.cli import main; main()"
+    )
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Makes the golden repository of the present format: `python tests/golden/make.py`. Refuses to touch one that exists."""
+"""Makes the golden repository of the present format, and refuses to touch one that exists."""
 
 from __future__ import annotations
 

@@ -203,3 +203,9 @@ def test_a_range_outside_of_the_mapping_is_refused(offset: int, size_bytes: int)
 def test_an_empty_range_needs_no_populating() -> None:
     assert scan.populate(b"", 0, 0) is True
     assert scan.populate(bytes(10), 10, 0) is True
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300), st.booleans())
+def test_same_bytes_is_what_its_twin_says(a: bytes, b: bytes, equal: bool) -> None:
+    b = a if equal else b
+    assert scan.same_bytes(a, memoryview(bytearray(b))) == reference.same_bytes(a, b)
