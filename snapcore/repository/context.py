@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapcore.errors import NotFoundError, StoreError
 from snapcore.repository import damage
 from snapcore.repository.config import Config
 from snapcore.repository.domain import Domain
 from snapcore.repository.index import Index
 from snapcore.repository.objects import Objects
 from snapcore.store import Store
+
+_LOADS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +25,14 @@ class Context:
 
     def index(self) -> Index:
         """Where records lie, as the store says now; damaged ones are left out."""
-        return Index.load(self.store, damage.places(damage.load(self.store)))
+        for _ in range(_LOADS):
+            try:
+                return Index.load(self.store, damage.places(damage.load(self.store)))
+            except NotFoundError:
+                # A collection has put a new index in the place of the one that was listed.
+                continue
+        raise StoreError(f"the index of {self.store.url} is replaced all the time; try again later")
 
     def objects(self) -> Objects:
-        """Reads chunks and nodes by the index as it is now."""
-        return Objects(self.store, self.index(), self.domain, self.config.chunk_bytes)
+        """Reads chunks and nodes, also while a collection moves them."""
+        return Objects(self.store, self.index(), self.domain, self.config.chunk_bytes, renew=self.index)

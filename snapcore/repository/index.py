@@ -225,6 +225,7 @@ class Index:
         self._bad = _Unreadable(bad)
         self._resident = 0
         self.slots = 0
+        self.names: frozenset[str] = frozenset()
 
     @classmethod
     def load(
@@ -245,6 +246,7 @@ class Index:
         """
         index = cls(store, bad)
         found = sorted(store.list("index/"), key=lambda item: (item[1], item[0]))
+        index.names = frozenset(name for name, _ in found)
         small: list[Table] = []
         for name, size_bytes in found:
             entries = size_bytes // ENTRY.itemsize

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
@@ -26,6 +26,8 @@ _BASES_KEPT_BYTES = 16 << 20
 # Records of one pack that lie this close are read in one go.
 _GAP_BYTES = 64 << 10
 _RUN_BYTES = 4 << 20
+# Collections that may end while one object is read.
+_RENEWALS = 3
 
 
 class Base(NamedTuple):
@@ -45,14 +47,26 @@ class Objects:
     domain : Domain
     chunk_bytes : int
         Length of every chunk, in bytes.
+    renew : callable, optional
+        Loads the index anew when an object is not where it was: a collection may have moved it. Jobs that keep
+        collections away need none.
     """
 
-    def __init__(self, store: Reader, index: Index, domain: Domain, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        store: Reader,
+        index: Index,
+        domain: Domain,
+        chunk_bytes: int,
+        renew: Callable[[], Index] | None = None,
+    ) -> None:
         self.index = index
         self.domain = domain
         self.chunk_bytes = chunk_bytes
         self._store = store
         self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
+        self._renew = renew
+        self._renewal = threading.Lock()
         self._nodes = _Cache(_NODES_KEPT)
         self._bases = _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes)))
 
@@ -65,15 +79,38 @@ class Objects:
 
     def chunk(self, object_id: bytes) -> Buffer:
         """Plain bytes of a chunk."""
-        return self._object(RecordKind.CHUNK, object_id, self.place(RecordKind.CHUNK, object_id))
+        return self._found(RecordKind.CHUNK, object_id)
 
     def node(self, object_id: bytes) -> Buffer:
         """Bytes of a tree node."""
         found = self._nodes.get(object_id)
         if found is None:
-            found = self._object(RecordKind.NODE, object_id, self.place(RecordKind.NODE, object_id))
+            found = self._found(RecordKind.NODE, object_id)
             self._nodes.put(object_id, found)
         return found
+
+    def _found(self, kind: RecordKind, object_id: bytes) -> Buffer:
+        """The object, by a new index when the present one leads nowhere."""
+        for _ in range(_RENEWALS):
+            seen = self.index
+            try:
+                return self._object(kind, object_id, self.place(kind, object_id))
+            except DamagedError:
+                if not self._renewed(seen):
+                    raise
+        return self._object(kind, object_id, self.place(kind, object_id))
+
+    def _renewed(self, seen: Index) -> bool:
+        """Whether there is another index now than the one that was used."""
+        if self._renew is None:
+            return False
+        with self._renewal:
+            if self.index is seen:
+                fresh = self._renew()
+                if fresh.names == seen.names:
+                    return False
+                self.index = fresh
+        return True
 
     def bases(self, kind: RecordKind, old_ids: Ids) -> list[Base | None]:
         """What patches of the successors of these objects may rest on: for each an object that is stored full.
@@ -96,7 +133,13 @@ class Objects:
 
     def chunks(self, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
         """(number, bytes or what is wrong) for every chunk of `ids`; neighbours in a pack are read in one go."""
-        return self._many(RecordKind.CHUNK, ids, self.index.find_many(ids))
+        for number, plain in self._many(RecordKind.CHUNK, ids, self.index.find_many(ids)):
+            if isinstance(plain, DamagedError) and self._renew is not None:
+                try:
+                    plain = self._found(RecordKind.CHUNK, ids[number].tobytes())
+                except DamagedError as error:
+                    plain = error
+            yield number, plain
 
     def _many(
         self, kind: RecordKind, ids: Ids, places: list[Place | None]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -676,3 +677,26 @@ def test_a_restore_does_not_take_over_what_another_one_has_just_published(
     with pytest.raises(BusyError, match="start the restore again"):
         repository.restore(two, target)
     assert target.read_bytes() == first
+
+
+def test_whoever_reads_while_a_collection_moves_records_reads_on(tmp_path: Path) -> None:
+    store = MemoryStore()
+    repository = Repository.create(store, chunk_bytes=4096)
+    image = tmp_path / "disk.img"
+    contents = []
+    for generation in range(3):
+        contents.append(random.Random(generation).randbytes(16 * 4096))
+        if generation:
+            contents[-1] = contents[0][: 8 * 4096] + contents[-1][8 * 4096 :]
+        image.write_bytes(contents[-1])
+        repository.snapshot(image, disk="d", label=f"generation {generation}")
+    reader = repository.open_snapshot("generation 2")
+    buffer = bytearray(8 * 4096)
+    assert reader.pread_into(buffer, 8 * 4096) == len(buffer)
+    packs = {name for name, _ in store.list("packs/")}
+    repository.delete("generation 0")
+    repository.collect()
+    assert packs - {name for name, _ in store.list("packs/")}
+    whole = bytearray(len(contents[2]))
+    reader.pread_into(whole, 0)
+    assert bytes(whole) == contents[2]
