@@ -213,7 +213,8 @@ class _Job:
         for first, leaf in walk:
             slots = [slot for slot in tree.used_slots(leaf).tolist() if leaf[slot].tobytes() in missing]
             ranges += [(first + slot, 1) for slot in slots]
-        rows = extents.from_pairs(ranges) * self._chunk_bytes
+        # Cut in chunks first: in bytes, what lies below a high node may be more than a number holds.
+        rows = extents.clipped(extents.from_pairs(ranges), 0, self._chunks) * self._chunk_bytes
         return extents.clipped(rows, 0, self._size_bytes)
 
     def _why_more(self) -> str | None:

@@ -140,7 +140,9 @@ class Repository:
             Accept a source that is written meanwhile: the snapshot may then mix old and new blocks.
         compression : str, optional
             "lz4", "zstd" or "none"; default: the repository's.
-        label, tags
+        label : str, optional
+            A name to find the snapshot by: 1 to 255 printable characters that do not look like an id.
+        tags : dict of str, optional
             For people.
         progress : callable, optional
             Gets a `Progress` for each span; raising there cancels, and nothing is visible of the snapshot.
@@ -153,6 +155,10 @@ class Repository:
             The source was written meanwhile, or `changed` does not name everything.
         BusyError, FencedError, ReadError, OutOfSpaceError, NotFoundError, UsageError, StoreError
         """
+        if label is not None and (not label.isprintable() or not 1 <= len(label) <= 255 or _ID_PART.fullmatch(label)):
+            raise UsageError(
+                f"a snapshot's name has 1 to 255 printable signs and does not look like an id, not {label!r}"
+            )
         request = Request(
             disk=manifest.check_disk(disk),
             parent=None if parent is None else self.find(parent),

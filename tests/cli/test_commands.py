@@ -96,6 +96,14 @@ def test_ids_may_be_shortened_and_labels_used(run: Run, taken: list[dict[str, An
     assert run("snapshot", "show", "nothing of the kind", "-r", "repo")[0] == 1
 
 
+@pytest.mark.parametrize("label", ["", "cafe", "0123456789abcdef", "two\nlines"])
+def test_a_name_that_looks_like_an_id_is_refused(
+    run: Run, taken: list[dict[str, Any]], image: Path, label: str
+) -> None:
+    code, out, err = run("snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--name", label)
+    assert (code, out) == (2, "") and "name" in err
+
+
 def test_snapshot_diff_names_the_chunk_that_changed(run: Run, taken: list[dict[str, Any]]) -> None:
     code, out, _ = run("snapshot", "diff", taken[0]["id"], taken[1]["id"], "-r", "repo", "--json")
     assert code == 0
