@@ -41,6 +41,11 @@ def print_extents(rows: Extents) -> None:
     sys.stdout.write("".join(f"{offset} {length}\n" for offset, length in rows.tolist()))
 
 
+def text(value: object) -> str:
+    """For a terminal: what is not printable is escaped, for it may come from somebody else."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(value))
+
+
 def size(count_bytes: int) -> str:
     """A number of bytes for people, in binary units."""
     value = float(count_bytes)
@@ -77,7 +82,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: froz
     for number, heading in enumerate(headings):
         shown.add_column(heading, justify="right" if number in right else "left", no_wrap=True)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(text, row))
     # Outside a terminal lines are as long as they need to be, for grep.
     Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False).print(shown)
 

@@ -140,7 +140,7 @@ def show(ids: tuple[str, ...], place: str, as_json: bool) -> None:
     for item in chosen:
         for key, value in msgspec.to_builtins(item).items():
             shown = f"{value} ({output.size(value)})" if key.endswith("_bytes") else value
-            click.echo(f"{key:16} {'-' if shown is None else shown}")
+            click.echo(f"{key:16} {'-' if shown is None else output.text(shown)}")
         click.echo()
     click.echo(
         f"deleting {'this' if len(chosen) == 1 else 'these'} frees {output.size(unique.stored_bytes)} "

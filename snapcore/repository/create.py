@@ -296,7 +296,8 @@ class _Job:
             fallback_reason=self._fallback_reason,
             label=request.label,
             tags=request.tags or {},
-            source=self._source.name,
+            # A path may hold bytes that are no text; it is for people only.
+            source=self._source.name.encode("utf-8", "backslashreplace").decode(),
             software=f"snapcore {VERSION}",
         )
         self._commit(object_name, snapshot)

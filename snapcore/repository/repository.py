@@ -159,6 +159,8 @@ class Repository:
             raise UsageError(
                 f"a snapshot's name has 1 to 255 printable signs and does not look like an id, not {label!r}"
             )
+        if not all(f"{key}{value}".isprintable() for key, value in (tags or {}).items()):
+            raise UsageError(f"keys and values of tags are printable text, not {tags!r}")
         request = Request(
             disk=manifest.check_disk(disk),
             parent=None if parent is None else self.find(parent),
@@ -189,7 +191,13 @@ class Repository:
         )
 
     def _manifest(self, name: str) -> Manifest | None:
-        return manifest.read(self._context.store, name, self._context.domain, self.chunk_bytes)
+        try:
+            return manifest.read(self._context.store, name, self._context.domain, self.chunk_bytes)
+        except DamagedError as error:
+            raise DamagedError(
+                f"{error}: this snapshot is lost. `snapcore snapshot delete {manifest.id_in(name)}` removes what is "
+                "left of it; until then neither lists nor collections are complete, and they are refused"
+            ) from error
 
     def find(self, snapshot: SnapshotLike) -> Manifest:
         """The snapshot of an id, of the beginning of one (from 4 digits on) or of a label, when only one has it."""

@@ -173,6 +173,30 @@ def test_verify_names_damage_and_fails(run: Run, taken: list[dict[str, Any]]) ->
     assert code == 1 and json.loads(out)["missing"]
 
 
+def test_a_snapshot_whose_manifest_is_damaged_is_named_and_can_be_deleted(
+    run: Run, taken: list[dict[str, Any]]
+) -> None:
+    (path,) = Path("repo/snapshots").glob(f"*/*{taken[0]['id']}")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    code, _, err = run("snapshot", "list", "-r", "repo")
+    assert code == 1 and f"snapshot delete {taken[0]['id']}" in err
+    assert run("repo", "collect", "repo")[0] == 1
+    assert run("snapshot", "delete", taken[0]["id"], "-r", "repo")[0] == 0
+    assert run("repo", "collect", "repo")[0] == 0
+    assert run("verify", "-r", "repo")[0] == 0
+
+
+def test_an_image_whose_name_is_no_text_can_be_taken(run: Run, taken: list[dict[str, Any]]) -> None:
+    name = os.fsdecode(b"disk-\xff.img")
+    Path(name).write_bytes(b"content")
+    assert run("snapshot", "create", name, "-r", "repo", "--disk", "odd", "--json")[0] == 0
+    code, out, _ = run("snapshot", "list", "-r", "repo", "--disk", "odd", "--json")
+    assert code == 0 and json.loads(out)["source"] == "disk-\\udcff.img"
+    assert run("snapshot", "create", name, "-r", "repo", "--disk", "odd", "--tag", "a=\x1b[31m")[0] == 2
+
+
 def test_sessions_are_listed_and_ended(run: Run, taken: list[dict[str, Any]]) -> None:
     assert run("repo", "sessions", "repo", "--json") == (0, "", "")
     code, _, err = run("repo", "sessions", "repo", "--end", "abcd")
