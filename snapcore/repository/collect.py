@@ -23,6 +23,7 @@ from snapcore.repository.marks import Marks
 from snapcore.repository.objects import Objects
 from snapcore.repository.pack import PackBuilder
 from snapcore.repository.record import Record, RecordKind
+from snapcore.repository.session import Session
 from snapcore.repository.table import NO_BASE, Table
 
 # A pack is written anew when most of it is dead. Others follow, the deadest first, while over a twentieth of the
@@ -64,7 +65,7 @@ def collect(
     try:
         session.refuse_while_busy(context.store, own, session.CREATE, context.store.url)
         session.refuse_while_busy(context.store, own, session.COLLECT, context.store.url)
-        return _Collection(context, snapshots()).run(progress)
+        return _Collection(context, own, snapshots()).run(progress)
     finally:
         session.withdraw(context.store, own)
 
@@ -72,7 +73,8 @@ def collect(
 class _Collection:
     """One collection, with nobody else writing."""
 
-    def __init__(self, context: Context, snapshots: list[Manifest]) -> None:
+    def __init__(self, context: Context, own: Session, snapshots: list[Manifest]) -> None:
+        self._own = own
         self._store = context.store
         self._sizes = pack.sizes(self._store)
         self._old_index = dict(self._store.list("index/"))
@@ -111,6 +113,7 @@ class _Collection:
         if dead or moved_from or self._adopted or len(self._old_index) > _INDEX_OBJECTS:
             self._replace_index(moved, dead | moved_from)
         for pack_id in sorted(dead | moved_from):
+            session.check(self._store, self._own)
             self._store.delete(pack.name(pack_id))
             self._freed_bytes += self._sizes[pack_id]
         self._forget_damage(dead | moved_from)

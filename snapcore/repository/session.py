@@ -9,7 +9,9 @@ Both write first and look afterwards, so of two at the same time at least one wi
 others: a tombstone takes the name of the manifest that its writer would commit, so that a writer which is not
 dead after all is refused at its commit and never leaves a snapshot with missing blocks. How sure one is that it is
 dead is therefore a question of courtesy and not of safety: sessions of processes that are gone from this very
-host are ended without asking, others by `snapcore repo sessions --end ID`.
+host are ended without asking, others by `snapcore repo sessions --end ID`. A collector has no commit that could be
+refused: it looks whether its session is still there before it removes anything, and whoever ends it by hand should
+know that it is dead.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from functools import cache
 
 import msgspec
 
-from snapcore.errors import BusyError, DamagedError, ExistsError, NotFoundError
+from snapcore.errors import BusyError, DamagedError, ExistsError, FencedError, NotFoundError
 from snapcore.repository import envelope, manifest
 from snapcore.repository.envelope import Kind
 from snapcore.store.interface import Store
@@ -142,6 +144,17 @@ def end(store: Store, session: Session) -> None:
     withdraw(store, session)
 
 
+def check(store: Store, own: Session) -> None:
+    """FencedError when somebody else has ended the own session."""
+    try:
+        store.size(own.name)
+    except NotFoundError as error:
+        raise FencedError(
+            f"the session {own.id} ({own.work}) was ended by somebody else before it was done; nothing reachable was "
+            "removed, run it again"
+        ) from error
+
+
 def end_dead(store: Store, found: list[Session]) -> list[Session]:
     """End the sessions of processes that are gone from this host. Returns those that are left."""
     left = []
@@ -163,7 +176,10 @@ def is_gone(session: Session) -> bool:
         return False
     if session.kernel != kernel:
         rebooted = session.kernel.split()[0] != kernel.split()[0]
-        return rebooted and session.machine != "" and session.machine == _machine()
+        # Machines that were cloned share name and id. To end a writer wrongly costs it its commit and no more; a
+        # collector has no commit to refuse, so of an earlier boot it is ended by a human only.
+        same_machine = session.machine != "" and session.machine == _machine()
+        return rebooted and same_machine and session.work == CREATE
     if session.process == os.getpid():
         return session.id not in _own
     return _started(session.process) != session.started

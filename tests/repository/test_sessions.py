@@ -385,6 +385,36 @@ def test_a_session_of_an_earlier_boot_of_this_machine_is_ended(monkeypatch: pyte
     assert repository.sessions() == []
 
 
+def test_a_collector_of_an_earlier_boot_is_not_ended_for_it_cannot_be_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cloned machines share name and id: the collector may be at work on the other one."""
+    store, repository = new()
+    monkeypatch.setattr(session, "_machine", lambda: "0123456789abcdef0123456789abcdef")
+    session.register(store, session.COLLECT)
+    monkeypatch.setattr(session, "_kernel", lambda: "another-boot pid:[1]")
+    with pytest.raises(BusyError):
+        take(repository, disk(1, 4))
+
+
+def test_a_collector_that_was_ended_removes_no_pack() -> None:
+    store, repository = new()
+    first = take(repository, disk(1, 4))
+    take(repository, disk(2, 4))
+    repository.delete(first)
+    before = {name for name, _ in store.list("packs/")}
+
+    def end(what: str) -> None:
+        if what.startswith("put_new index"):
+            for found in repository.sessions():
+                repository.end_session(found.id)
+
+    with pytest.raises(FencedError):
+        Repository.open(HookedStore(store, end)).collect()
+    assert before <= {name for name, _ in store.list("packs/")}
+    assert repository.verify().ok
+    repository.collect()
+    assert repository.verify().ok
+
+
 @pytest.mark.parametrize("unlike", ["_machine", "space", "none"])
 def test_a_session_that_may_live_is_not_ended(unlike: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another machine of this name, in another process space of this boot, or where neither can be told."""
