@@ -67,12 +67,7 @@ class Medium:
 
     def sync(self, descriptor: int) -> None:
         """Make the content and size of a file durable."""
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(descriptor)
+        _sync(descriptor)
 
     def close(self, descriptor: int) -> None:
         """Close a descriptor."""
@@ -102,9 +97,18 @@ class Medium:
         """Make the names in a folder durable."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(descriptor)
+            _sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
 
 
 def _drop(views: deque[memoryview], count_bytes: int) -> None:
@@ -124,13 +128,16 @@ def _write_direct(descriptor: int, views: deque[memoryview], offset_bytes: int) 
     start = offset_bytes
     try:
         stage = _stage()
-        while True:
-            filled = _fill(stage, views)
-            whole = filled // _PAGE_BYTES * _PAGE_BYTES
+        while views:
+            if _begins_on_page(views[0]):
+                ready = views[0]
+            else:
+                ready = stage[: _fill(stage, views)]
+            whole = len(ready) // _PAGE_BYTES * _PAGE_BYTES
             if whole == 0:
                 break
             try:
-                written = os.pwrite(direct, stage[:whole], offset_bytes)
+                written = os.pwrite(direct, ready[:whole], offset_bytes)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -138,7 +145,7 @@ def _write_direct(descriptor: int, views: deque[memoryview], offset_bytes: int) 
             # What the kernel did not take goes the ordinary way.
             _drop(views, written)
             offset_bytes += written
-            if written < whole or whole < _STAGE_BYTES:
+            if written < whole or whole < len(ready):
                 break
     finally:
         os.close(direct)
@@ -153,6 +160,13 @@ def _reopened_direct(descriptor: int) -> int | None:
         return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def _begins_on_page(view: memoryview) -> bool:
+    """Whether memory can be written as it is: long, and aligned as O_DIRECT wants it."""
+    if view.readonly or len(view) < _PAGE_BYTES:
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) % _PAGE_BYTES == 0
 
 
 def _stage() -> memoryview:

@@ -7,6 +7,7 @@ Either way a restore that was interrupted can be started again: what is right al
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Iterator
@@ -143,7 +144,6 @@ class _Fill:
             return piece
         new = self._space("new", piece.count * size)
         if self._target.fresh:
-            new[:] = bytes(len(new))
             self._fetch(piece, new, list(range(piece.count)))
             self._target.write_data(new[:length], offset)
             return piece
@@ -198,6 +198,7 @@ class _Fill:
         """Memory of this thread, used again for each piece."""
         space: memoryview | None = getattr(self._local, name, None)
         if space is None or len(space) < size_bytes:
-            space = memoryview(bytearray(max(size_bytes, SPAN_BYTES)))
+            # Begins on a page: then long writes need no copy on their way past the page cache (persist.py).
+            space = memoryview(mmap.mmap(-1, max(size_bytes, SPAN_BYTES)))
             setattr(self._local, name, space)
         return space[:size_bytes]
