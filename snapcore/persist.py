@@ -1,4 +1,4 @@
-"""Every persistent write of snapcore goes through this file, so that a test can record and replay it.
+"""Every write that must outlive a crash goes through this file, so that a test can record and replay it.
 
 | primitive | durable after |
 | --- | --- |

@@ -2,7 +2,7 @@
 
 The algorithm is that of the xxHash specification (doc/xxhash_spec.md of the xxHash project, "XXH64
 algorithm description"); the `xxhash` package is its oracle in the tests. A fingerprint is a change hint
-and never an identity: identity is keyed BLAKE3 (snapcore/repository/identity.py).
+and never an identity: identity is keyed BLAKE3 (snapcore/repository/domain.py).
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t

@@ -158,7 +158,7 @@ class Storer:
 
 
 def patched(kind: RecordKind, object_id: bytes, plain: Buffer, base: Base | None, compression: str) -> Record | None:
-    """The record of an object as a patch; None where there is no base or a patch would not be shorter."""
+    """The record of an object as a patch; None where there is no base or over half of the object differs."""
     if base is None:
         return None
     patch = record.make_patch(plain, base.id, base.plain, record.UNIT_BYTES[kind])
