@@ -237,7 +237,7 @@ def test_output_into_a_closed_pipe_ends_quietly(taken: list[dict[str, Any]], tmp
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")

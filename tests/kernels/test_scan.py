@@ -170,7 +170,7 @@ def test_pages_beyond_the_end_of_a_truncated_file_are_an_error_and_no_signal(map
         print("survived")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(mapped_file)],
+        [sys.executable, "-P", "-c", textwrap.dedent(script), str(mapped_file)],
         capture_output=True,
         text=True,
         check=False,

@@ -196,7 +196,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path: Path) -> None:
     repository = Repository.create(place)
     held = {repository.snapshot(image, disk="disk").snapshot.id: image.read_bytes()}
     image.write_bytes(os.urandom(3 << 20))
-    command = [sys.executable, "-c", LIMITED, str(place), str(image), str(target), *held]
+    command = [sys.executable, "-P", "-c", LIMITED, str(place), str(image), str(target), *held]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no space left") == 2
