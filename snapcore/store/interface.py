@@ -80,3 +80,7 @@ class Store(Reader, Lister, Writer, Deleter, Settler, Sweeper, Protocol):
     @property
     def url(self) -> str:
         """Where this store is, for messages."""
+
+    @property
+    def folder(self) -> str | None:
+        """The folder on this host that it keeps its objects in, which nothing else may write to; None without one."""

@@ -23,6 +23,10 @@ class LimitStore:
     def url(self) -> str:
         return self._store.url
 
+    @property
+    def folder(self) -> str | None:
+        return self._store.folder
+
     def get(self, name: str, limit_bytes: int) -> bytes:
         with self._room:
             return self._store.get(name, limit_bytes)

@@ -21,6 +21,7 @@ from snapcore.errors import DamagedError, ExistsError, NotFoundError, ReadError,
 from snapcore.persist import Buffer, Medium
 
 _NAME = re.compile(r"[a-z0-9-]+(/[a-z0-9-]+)*")
+_PART = re.compile(r"[a-z0-9-]+")
 _OPEN_FILES = 64
 # Names have at most three parts.
 _DEPTH_LIMIT = 16
@@ -80,11 +81,14 @@ class LocalStore:
         for entry in found:
             if prefix == "" and entry.name == _TEMPORARY:
                 continue
+            # Nothing else can be an object or lead to one: lost+found, which is root's, or what an editor left.
+            if not _PART.fullmatch(entry.name):
+                continue
             if entry.is_dir(follow_symlinks=False):
                 if prefix.count("/") >= _DEPTH_LIMIT:
                     raise StoreError(f"folders lie too deep in {os.path.join(self.folder, prefix)}; remove them")
                 yield from self._walk(f"{prefix}{entry.name}/")
-            elif entry.is_file(follow_symlinks=False) and _NAME.fullmatch(entry.name):
+            elif entry.is_file(follow_symlinks=False):
                 try:
                     yield prefix + entry.name, entry.stat(follow_symlinks=False).st_size
                 except FileNotFoundError:
@@ -142,7 +146,7 @@ class LocalStore:
             with os.scandir(folder) as entries:
                 below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
             for name in below:
-                if prefix or name != _TEMPORARY:
+                if _PART.fullmatch(name) and (prefix or name != _TEMPORARY):
                     self.settle(f"{prefix}{name}/")
             self._medium.sync_folder(folder)
         except FileNotFoundError:

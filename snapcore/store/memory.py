@@ -21,6 +21,10 @@ class MemoryStore:
     def url(self) -> str:
         return f"memory:{id(self):x}"
 
+    @property
+    def folder(self) -> None:
+        return None
+
     def get(self, name: str, limit_bytes: int) -> bytes:
         data = self._object(name)
         if len(data) > limit_bytes:

@@ -38,6 +38,10 @@ class RetryStore:
     def url(self) -> str:
         return self._store.url
 
+    @property
+    def folder(self) -> str | None:
+        return self._store.folder
+
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         return self._retrying.copy()(question)
 

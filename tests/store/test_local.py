@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from snapcore.errors import DamagedError, Error, ExistsError, NotFoundError, OutOfSpaceError, ReadError, StoreError
-from snapcore.store import LocalStore
+from snapcore.store import LimitStore, LocalStore, MemoryStore, RetryStore
 from snapcore.store import local as local_module
 from tests.support.mediums import Failing, Unsynced
 
@@ -243,3 +243,26 @@ def test_the_folder_is_made_with_all_that_lead_to_it(tmp_path: Path) -> None:
     assert list(store.list("")) == []
     store.put_new("a", [b"data"])
     assert (tmp_path / "x" / "y" / "z" / "a").read_bytes() == b"data"
+
+
+def test_folders_that_are_no_part_of_a_name_are_not_entered(
+    folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root of an ext4 file system has lost+found, which is for root alone."""
+    store.put_new("packs/a", [b"data"])
+    (folder / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:
+        if "lost+found" in path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    store.settle("")
+    assert list(store.list("")) == [("packs/a", 4)]
+
+
+def test_a_store_around_a_store_tells_its_folder(store: LocalStore, folder: Path) -> None:
+    assert LimitStore(RetryStore(store), 2).folder == store.folder == str(folder)
+    assert RetryStore(LimitStore(MemoryStore(), 2)).folder is None
