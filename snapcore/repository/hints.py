@@ -102,7 +102,7 @@ class Hints:
             if os.pread(self._old, _HEADER.size, 0) != self._header(bytes.fromhex(self.snapshot or "")):
                 # Another process edited it between the two locks: it speaks of that one's snapshot.
                 return
-            os.pwrite(self._old, self._header(_UNBOUND), 0)
+            Medium().write_at(self._old, [self._header(_UNBOUND)], 0)
             os.fsync(self._old)
             self._new = os.dup(self._old)
         except OSError:
@@ -113,7 +113,9 @@ class Hints:
         if self._new < 0:
             return
         try:
-            os.pwrite(self._new, fingerprints.astype("<u8", copy=False).tobytes(), _HEADER.size + first * 8)
+            # All of it: what a short write left out would be old fingerprints under a new snapshot's name.
+            data = fingerprints.astype("<u8", copy=False).tobytes()
+            Medium().write_at(self._new, [data], _HEADER.size + first * 8)
         except OSError:
             self._give_up()
 
@@ -121,13 +123,14 @@ class Hints:
         """The chunks from `first` up to `stop` are zero now."""
         if self._new < 0 or self._new_path is not None:
             return
-        end = min(stop, (os.fstat(self._new).st_size - _HEADER.size) // 8)
         try:
+            end = min(stop, (os.fstat(self._new).st_size - _HEADER.size) // 8)
             # A hole, for the file of a sparse disk shall stay as sparse as the disk.
             if end <= first or Medium().punch(self._new, _HEADER.size + first * 8, (end - first) * 8):
                 return
         except OSError:
             self._give_up()
+            return
         for start in range(first, end, _CLEARED_AT_ONCE):
             self.write(start, np.zeros(min(_CLEARED_AT_ONCE, end - start), dtype=np.uint64))
 
@@ -139,7 +142,7 @@ class Hints:
             os.ftruncate(self._new, _HEADER.size + chunks * 8)
             # An old fingerprint under the new snapshot's name would hide a chunk that goes back to its old content.
             os.fsync(self._new)
-            os.pwrite(self._new, self._header(bytes.fromhex(snapshot)), 0)
+            Medium().write_at(self._new, [self._header(bytes.fromhex(snapshot))], 0)
             if self._new_path is not None:
                 os.replace(self._new_path, self._path)
                 self._new_path = None
