@@ -104,7 +104,12 @@ def rebuild_index(place: str, as_json: bool) -> None:
 
 @repo.command()
 @directory
-@click.option("--end", "ended", metavar="ID", help="End this session; a writer that lives is refused at its commit.")
+@click.option(
+    "--end",
+    "ended",
+    metavar="ID",
+    help="End this session. A writer that lives is refused at its commit; a collector must be known to be dead.",
+)
 @output.json_option
 def sessions(place: str, ended: str | None, as_json: bool) -> None:
     """List who works on the repository, or end a session."""
@@ -114,9 +119,9 @@ def sessions(place: str, ended: str | None, as_json: bool) -> None:
     if ended is not None:
         gone = found.end_session(ended)
         if as_json:
-            output.print_json({"ended": gone.id})
+            output.print_json({"ended": gone})
         else:
-            click.echo(f"ended {gone.describe()}")
+            click.echo(f"ended {gone}")
         return
     listed = found.sessions()
     if as_json:

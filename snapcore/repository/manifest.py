@@ -19,6 +19,9 @@ PREFIX = "snapshots/"
 DISK_NAME_LIMIT = 255
 SIZE_LIMIT_BYTES = 1 << 60
 SEQUENCE_LIMIT = 0xFFFFFFFF
+TAGS_LIMIT = 64
+TAG_KEY_LIMIT = 128
+TAG_VALUE_LIMIT = 256
 _COUNT_LIMIT_BYTES = 1 << 62
 _NAME = re.compile(r"snapshots/([0-9a-f]{16})/([0-9a-f]{8})-([0-9a-f]{32})")
 
@@ -75,11 +78,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return -(-self.size_bytes // self.chunk_bytes)
 
 
+# Its public name.
+Snapshot = Manifest
+
+
 def check_disk(disk: str) -> str:
     """The name of a disk, when it is one: 1 to 255 printable characters."""
     if not 1 <= len(disk) <= DISK_NAME_LIMIT or any(unicodedata.category(sign)[0] == "C" for sign in disk):
         raise UsageError(f"a disk's name has 1 to {DISK_NAME_LIMIT} printable characters, not {disk!r}")
     return disk
+
+
+def check_tags(tags: dict[str, str]) -> dict[str, str]:
+    """Tags, when they are some: few, short and printable."""
+    for key, value in tags.items():
+        if not f"{key}{value}".isprintable():
+            raise UsageError(f"keys and values of tags are printable text, not {key!r}: {value!r}")
+        if len(key) > TAG_KEY_LIMIT or len(value) > TAG_VALUE_LIMIT:
+            raise UsageError(
+                f"a tag has a key of up to {TAG_KEY_LIMIT} signs and a value of up to {TAG_VALUE_LIMIT}, "
+                f"not {len(key)} and {len(value)} as {key[:TAG_KEY_LIMIT]!r} has"
+            )
+    if len(tags) > TAGS_LIMIT:
+        raise UsageError(f"a snapshot has up to {TAGS_LIMIT} tags, not {len(tags)}")
+    return dict(tags)
 
 
 def name(domain: Domain, disk: str, sequence: int, snapshot_id: str) -> str:
@@ -109,8 +131,13 @@ def id_in(object_name: str) -> str:
 
 
 def write(store: Store, object_name: str, manifest: Manifest) -> int:
-    """Commit a snapshot: ExistsError when a tombstone was put in its place."""
+    """Commit a snapshot: ExistsError when a tombstone was put in its place, UsageError when nobody could read it."""
     body = msgspec.json.encode(manifest)
+    if len(body) > envelope.JSON_LIMIT_BYTES:
+        raise UsageError(
+            f"label, tags and the source's name make a manifest of {len(body)} bytes where "
+            f"{envelope.JSON_LIMIT_BYTES} are the most"
+        )
     return store.put_new(object_name, [envelope.sealed(Kind.MANIFEST, bytes.fromhex(manifest.id), body)])
 
 

@@ -143,11 +143,12 @@ class Repository:
         label : str, optional
             A name to find the snapshot by: 1 to 255 printable characters that do not look like an id.
         tags : dict of str, optional
-            For people.
+            For people: up to 64, keys of up to 128 characters, values of up to 256.
         progress : callable, optional
             Gets a `Progress` for each span; raising there cancels, and nothing is visible of the snapshot.
         executor : concurrent.futures.Executor, optional
-            Threads to work on; default: one a core.
+            Threads to work on; default: one a core. Not processes, and not the pool that this call itself runs on: it
+            would wait for a thread that waits for it.
 
         Raises
         ------
@@ -159,8 +160,6 @@ class Repository:
             raise UsageError(
                 f"a snapshot's name has 1 to 255 printable signs and does not look like an id, not {label!r}"
             )
-        if not all(f"{key}{value}".isprintable() for key, value in (tags or {}).items()):
-            raise UsageError(f"keys and values of tags are printable text, not {tags!r}")
         request = Request(
             disk=manifest.check_disk(disk),
             parent=None if parent is None else self.find(parent),
@@ -168,7 +167,7 @@ class Repository:
             paranoid=paranoid,
             compression=None if compression is None else codec.check_compression(compression),
             label=label,
-            tags=dict(tags or {}),
+            tags=manifest.check_tags(tags or {}),
         )
         with ExitStack() as stack:
             if isinstance(source, (str, os.PathLike)):
@@ -256,16 +255,17 @@ class Repository:
             Write zeros where the repository is damaged, and list those ranges in the result.
         progress, executor
             As in `snapshot`. After a cancelled or interrupted restore, start it again: it goes on.
+        medium : Medium, optional
+            What writes to the target, for tests; default: the operating system.
 
         Raises
         ------
         ExistsError, NotFoundError, BusyError, RefusedError, UsageError, DamagedError, OutOfSpaceError, StoreError
         """
         wanted = self.find(snapshot)
-        store = self._context.store
-        forbidden = store.folder if isinstance(store, LocalStore) else None
+        folder = self._context.store.folder
         with open_target(
-            os.fspath(target), wanted.size_bytes, in_place=in_place, forbidden_folder=forbidden, medium=medium
+            os.fspath(target), wanted.size_bytes, in_place=in_place, forbidden_folder=folder, medium=medium
         ) as opened:
             return restore.restore(
                 self._context.objects(),
@@ -339,12 +339,16 @@ class Repository:
         """Who works on the repository now, or died at it."""
         return session.sessions(self._context.store)
 
-    def end_session(self, session_id: str) -> Session:
-        """End the session of a writer that hangs or is gone; if it lives after all, its commit is refused."""
-        found = [item for item in self.sessions() if item.id.startswith(session_id)]
+    def end_session(self, session_id: str) -> str:
+        """End a session, by its id or the beginning of it. Returns the id.
+
+        A writer that lives after all is refused at its commit. A collector must be known to be dead, and so must
+        whoever left a session that is damaged.
+        """
+        found = [item for item in session.ids(self._context.store) if item.startswith(session_id)]
         if len(found) != 1:
             raise NotFoundError(f"{self.url} has {len(found)} sessions {session_id!r}")
-        session.end(self._context.store, found[0])
+        session.end_by_id(self._context.store, found[0])
         return found[0]
 
 

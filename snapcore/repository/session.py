@@ -24,7 +24,7 @@ from functools import cache
 
 import msgspec
 
-from snapcore.errors import BusyError, DamagedError, ExistsError, FencedError, NotFoundError
+from snapcore.errors import BusyError, DamagedError, ExistsError, FencedError, NotFoundError, ReadError
 from snapcore.repository import envelope, manifest
 from snapcore.repository.envelope import Kind
 from snapcore.store.interface import Store
@@ -105,22 +105,41 @@ def register(store: Store, work: str, manifest_name: str | None = None) -> Sessi
 def sessions(store: Store) -> list[Session]:
     """All sessions that are registered."""
     found = []
-    for name, _ in list(store.list(PREFIX)):
-        where = f"{store.url}/{name}"
+    for name in ids(store):
         try:
-            data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
-        except NotFoundError:
-            continue
-        try:
-            kind, _, body = envelope.opened(data, where, bytes.fromhex(name.removeprefix(PREFIX)))
-        except ValueError as error:
-            raise DamagedError(f"{where} is no name of a session; remove it") from error
-        envelope.expect(kind, Kind.SESSION, where)
-        session = envelope.from_json(body, Session, where)
-        if session.name != name or not (session.manifest is None or manifest.is_name(session.manifest)):
-            raise DamagedError(f"{where} has members that contradict its name or name no snapshot; remove it")
-        found.append(session)
+            session = _read(store, name)
+        except DamagedError as error:
+            raise DamagedError(
+                f"{error}: whose session it is cannot be told. When nobody works on the repository, "
+                f"`snapcore repo sessions {store.url} --end {name}` removes it"
+            ) from error
+        if session is not None:
+            found.append(session)
     return found
+
+
+def ids(store: Store) -> list[str]:
+    """What the names of all sessions say, damaged ones included."""
+    return [name.removeprefix(PREFIX) for name, _ in store.list(PREFIX)]
+
+
+def _read(store: Store, session_id: str) -> Session | None:
+    """A session; None for one that has gone meanwhile."""
+    name = PREFIX + session_id
+    where = f"{store.url}/{name}"
+    try:
+        data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
+    except NotFoundError:
+        return None
+    try:
+        kind, _, body = envelope.opened(data, where, bytes.fromhex(session_id))
+    except ValueError as error:
+        raise DamagedError(f"{where} is no name of a session") from error
+    envelope.expect(kind, Kind.SESSION, where)
+    session = envelope.from_json(body, Session, where)
+    if session.name != name or not (session.manifest is None or manifest.is_name(session.manifest)):
+        raise DamagedError(f"{where} has members that contradict its name or name no snapshot")
+    return session
 
 
 def withdraw(store: Store, session: Session) -> None:
@@ -142,6 +161,17 @@ def end(store: Store, session: Session) -> None:
         with contextlib.suppress(ExistsError):
             manifest.write_tombstone(store, session.manifest)
     withdraw(store, session)
+
+
+def end_by_id(store: Store, session_id: str) -> None:
+    """End a session; one that cannot be read is removed, and no commit of its writer is refused."""
+    try:
+        session = _read(store, session_id)
+    except (DamagedError, ReadError):
+        store.delete(PREFIX + session_id)
+        return
+    if session is not None:
+        end(store, session)
 
 
 def check(store: Store, own: Session) -> None:
@@ -182,7 +212,11 @@ def is_gone(session: Session) -> bool:
         return rebooted and same_machine and session.work == CREATE
     if session.process == os.getpid():
         return session.id not in _own
-    return _started(session.process) != session.started
+    started = _started(session.process)
+    if started is None or not session.started:
+        # What /proc hides may live all the same.
+        return not _exists(session.process)
+    return started != session.started
 
 
 def refuse_while_busy(store: Store, own: Session, work: str, url: str) -> None:
@@ -191,10 +225,12 @@ def refuse_while_busy(store: Store, own: Session, work: str, url: str) -> None:
     busy = end_dead(store, others)
     if busy:
         listed = "; ".join(other.describe() for other in busy)
-        raise BusyError(
-            f"{url} is in use: {listed}. Wait for it, or see `snapcore repo sessions {url}` "
-            f"and end one that hangs with `snapcore repo sessions {url} --end {busy[0].id}`"
-        )
+        command = f"`snapcore repo sessions {url} --end {busy[0].id}`"
+        if work == COLLECT:
+            advice = f"when its process is known to be dead, and only then, end it with {command}"
+        else:
+            advice = f"end one that hangs with {command}: if it lives after all, its commit is refused"
+        raise BusyError(f"{url} is in use: {listed}. Wait for it, or {advice}")
 
 
 @cache
@@ -218,11 +254,22 @@ def _machine() -> str:
 
 
 def _started(process: int) -> int | None:
-    """Start of a process in clock ticks since boot; None when there is no such process."""
+    """Start of a process in clock ticks since boot, -1 for one that has ended; None where it cannot be seen."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             # Field 22 of proc(5); the name in field 2 may hold spaces and parentheses.
             fields = file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else int(fields[19])
+    return -1 if fields[0] == "Z" else int(fields[19])
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # Somebody else's.
+        return True
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -37,8 +38,7 @@ def holder(descriptor: int, *, writing: bool) -> str | None:
         read_only = True
     for found in sorted(numbers):
         stacked = f"/sys/dev/block/{found}/holders"
-        names = sorted(os.listdir(stacked)) if os.path.isdir(stacked) else []
-        if names:
+        if names := sorted(_listed(stacked)):
             return f"the device {names[0]}"
     if not read_only and _claimed(descriptor):
         return "the system (a mount that is not seen from here, swap, RAID or a mapper)"
@@ -86,13 +86,20 @@ def _with_partitions(major: int, minor: int) -> set[str]:
     own = f"{major}:{minor}"
     numbers = {own}
     folder = f"/sys/dev/block/{own}"
-    if os.path.isdir(folder):
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name, "dev")
-            if os.path.exists(os.path.join(folder, name, "partition")) and os.path.exists(path):
-                with open(path, encoding="ascii") as file:
-                    numbers.add(file.read().strip())
+    for name in _listed(folder):
+        if os.path.exists(os.path.join(folder, name, "partition")):
+            # It may go at any time.
+            with contextlib.suppress(OSError), open(os.path.join(folder, name, "dev"), encoding="ascii") as file:
+                numbers.add(file.read().strip())
     return numbers
+
+
+def _listed(folder: str) -> list[str]:
+    """Names in a folder; none where there is no such folder any more."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _unescaped(text: str) -> str:

@@ -19,7 +19,10 @@ class Source(Protocol):
         """Length of the disk."""
 
     def data_extents(self) -> Extents:
-        """Where data may be; everything else reads as zeros. int64 array of shape (n, 2), in bytes."""
+        """Where data may be; everything else reads as zeros.
+
+        int64 array of shape (n, 2): offset and length in bytes, sorted or not; they may overlap.
+        """
 
     def read_into(self, target: memoryview, offset_bytes: int) -> None:
         """Fill `target` from the disk.

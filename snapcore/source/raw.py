@@ -64,7 +64,7 @@ class RawSource:
         """What is no hole, by SEEK_DATA and SEEK_HOLE; all of it where the file system does not say."""
         if self._device or self._size_bytes == 0:
             return extents.from_pairs([(0, self._size_bytes)])
-        return file_data_extents(self._descriptor, self._size_bytes)
+        return file_data_extents(self._path, self._descriptor, self._size_bytes)
 
     def read_into(self, target: memoryview, offset_bytes: int) -> None:
         """Fill `target` from the image; see `Source.read_into`."""
@@ -114,8 +114,8 @@ class RawSource:
             self._descriptor = -1
 
 
-def file_data_extents(descriptor: int, size_bytes: int) -> Extents:
-    """What of a file is no hole."""
+def file_data_extents(path: str, descriptor: int, size_bytes: int) -> Extents:
+    """What of an open file is no hole; `path` is for messages."""
     rows = []
     at = 0
     while at < size_bytes:
@@ -127,7 +127,7 @@ def file_data_extents(descriptor: int, size_bytes: int) -> Extents:
                 break
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 return extents.from_pairs([(0, size_bytes)])
-            raise
+            raise from_os_error(error, f"looking for data in {path} from offset {at} on") from error
         rows.append((start, at - start))
     return extents.from_pairs([row for row in rows if row[1] > 0])
 

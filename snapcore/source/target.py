@@ -51,12 +51,15 @@ class RawTarget:
         Everything in it reads as zeros still.
     written_bytes : int
         Bytes written or punched so far.
+    sync_failed : bool
+        What was written may be lost, and look well to who reads it: nothing in it is to be believed.
     """
 
     def __init__(self, path: str, descriptor: int, size_bytes: int, *, fresh: bool, medium: Medium) -> None:
         self.path = path
         self.fresh = fresh
         self.written_bytes = 0
+        self.sync_failed = False
         self._descriptor = descriptor
         self._size_bytes = size_bytes
         self._device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
@@ -70,7 +73,7 @@ class RawTarget:
         """What of the target may be other than zero."""
         if self._device:
             return extents.from_pairs([(0, self._size_bytes)])
-        return file_data_extents(self._descriptor, self._size_bytes)
+        return file_data_extents(self.path, self._descriptor, self._size_bytes)
 
     def read_into(self, target: memoryview, offset_bytes: int) -> None:
         """Fill `target` with what stands there now."""
@@ -126,7 +129,14 @@ class RawTarget:
                 syncing, self._syncing = self._syncing, None
                 self._check_sync(syncing)
             self._unsynced_bytes = 0
-            self._syncing = self._executor.submit(self._medium.sync, self._descriptor)
+            self._syncing = self._executor.submit(self._sync)
+
+    def _sync(self) -> None:
+        try:
+            self._medium.sync(self._descriptor)
+        except OSError:
+            self.sync_failed = True
+            raise
 
     def _check_sync(self, syncing: Future[None]) -> None:
         try:
@@ -138,7 +148,7 @@ class RawTarget:
         """Everything written is durable; after a failure the target is not to be believed."""
         if self._syncing is not None:
             self._check_sync(self._syncing)
-        self._check_sync(self._executor.submit(self._medium.sync, self._descriptor))
+        self._check_sync(self._executor.submit(self._sync))
 
     def close(self) -> None:
         """Let go of the target."""
@@ -178,12 +188,19 @@ def open_target(
         working, flags = path + PARTIAL, os.O_RDWR | os.O_CREAT
     with _opened(working, flags, medium) as descriptor:
         fresh = _prepare(working, descriptor, size_bytes, medium)
+        if not fresh and hasattr(os, "posix_fadvise"):
+            # Pages that an earlier restore could not sync count as clean, and are not what the medium holds.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         target = RawTarget(working, descriptor, size_bytes, fresh=fresh, medium=medium)
         try:
             yield target
             target.sync()
         finally:
             target.close()
+            if target.sync_failed and not in_place:
+                # The next restore would go on with it.
+                with contextlib.suppress(OSError):
+                    medium.unlink(working)
         if not in_place:
             _publish(working, path, medium)
 
@@ -251,7 +268,7 @@ def _prepare(path: str, descriptor: int, size_bytes: int, medium: Medium) -> boo
             return False
         if os.fstat(descriptor).st_size != size_bytes:
             medium.truncate(descriptor, size_bytes)
-        return len(file_data_extents(descriptor, size_bytes)) == 0
+        return len(file_data_extents(path, descriptor, size_bytes)) == 0
     except OSError as error:
         os.close(descriptor)
         raise from_os_error(error, f"preparing {path}") from error
@@ -289,8 +306,10 @@ def _linked_within(folder: str, status: os.stat_result) -> bool:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if _linked_within(entry.path, status):
-                    return True
+                # What may not be entered, as lost+found, holds no object.
+                with contextlib.suppress(PermissionError):
+                    if _linked_within(entry.path, status):
+                        return True
             elif entry.inode() == status.st_ino and os.path.samestat(entry.stat(follow_symlinks=False), status):
                 return True
     return False

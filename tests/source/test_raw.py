@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -25,9 +26,10 @@ from snapcore import (
     ReadError,
     Repository,
     SourceChangedError,
+    StoreError,
     UsageError,
 )
-from snapcore.source import open_source, raw
+from snapcore.source import device, open_source, raw
 from snapcore.store import MemoryStore
 from tests.support.loop import file_system, loop_device, make_file_system, mounted
 from tests.support.sparse import SparseDisk, read_sparse
@@ -387,3 +389,27 @@ def test_a_source_of_ones_own_is_read_like_any_other(repository: Repository, tmp
     with open_source(str(tmp_path / "image")) as source:
         snapshot = repository.snapshot(source, disk="disk").snapshot
     assert repository.open_snapshot(snapshot).read() == b"x" * 10_000
+
+
+def test_a_file_system_that_fails_to_tell_its_holes_is_a_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(b"data")
+
+    def fail(descriptor: int, offset: int, whence: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with open_source(str(path)) as source:
+        monkeypatch.setattr(os, "lseek", fail)
+        with pytest.raises(StoreError, match=str(path)):
+            source.data_extents()
+
+
+def test_a_device_that_goes_while_it_is_looked_at_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(path: str) -> list[str]:
+        raise FileNotFoundError(errno.ENOENT, path)
+
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    monkeypatch.setattr(os, "listdir", gone)
+    assert device._with_partitions(7, 0) == {"7:0"}

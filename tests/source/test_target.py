@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -20,10 +21,12 @@ from snapcore import (
     Progress,
     RefusedError,
     Repository,
+    StoreError,
     UsageError,
 )
 from snapcore.persist import Medium
 from snapcore.source import open_target
+from snapcore.store import LimitStore, LocalStore, RetryStore
 from tests.support.loop import file_system, loop_device, make_file_system, mounted
 from tests.support.sparse import data_bytes, data_ranges, read_sparse
 from tests.support.tools import needs
@@ -381,3 +384,46 @@ def test_a_target_is_locked_for_other_processes_too(tmp_path: Path) -> None:
     with open_target(str(target), PAGE, in_place=False):
         assert os.system(f"flock --nonblock '{target}.snapcore-partial' true") != 0
     assert os.system(f"flock --nonblock '{target}' true") == 0
+
+
+class Unsyncable(Medium):
+    """Loses what was written and says so once, as a kernel does: the pages count as clean then."""
+
+    def sync(self, descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_what_could_not_be_synced_is_not_gone_on_with(
+    repository: Repository, snapshot: Manifest, image: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(StoreError, match="restore it anew"):
+        repository.restore(snapshot, target, medium=Unsyncable())
+    assert list(tmp_path.glob("target*")) == []
+    repository.restore(snapshot, target)
+    assert read_sparse(target) == read_sparse(image)
+
+
+def test_an_existing_target_is_read_from_the_medium_and_not_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"x" * PAGE)
+    dropped: list[str] = []
+
+    def drop(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        dropped.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "posix_fadvise", drop)
+    with open_target(str(target), PAGE, in_place=True):
+        assert dropped == [str(target)]
+
+
+def test_a_repository_behind_wrappers_is_not_overwritten(
+    repository: Repository, snapshot: Manifest, tmp_path: Path
+) -> None:
+    wrapped = Repository.open(LimitStore(RetryStore(LocalStore(repository.url)), 4))
+    (tmp_path / "repository" / "lost+found").mkdir()
+    with pytest.raises(RefusedError, match="lies in the repository"):
+        wrapped.restore(snapshot, tmp_path / "repository" / "new")
