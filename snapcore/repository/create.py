@@ -85,7 +85,7 @@ def create(
     job: _Job | None = None
     try:
         gone = _look(context, own)
-        job = _Job(context, source, request, parent, adopt=bool(gone))
+        job = _Job(context, source, request, parent)
         snapshot = job.run(object_name, progress, executor)
     except BaseException:
         _leave(context, own, job)
@@ -135,7 +135,7 @@ def _is_there(context: Context, snapshot: Manifest) -> bool:
 
 
 def _look(context: Context, own: Session) -> list[Session]:
-    """Withdraw when a collector is at work. Returns sessions of writers that died: what they stored is used."""
+    """Withdraw when a collector is at work. Returns sessions of writers that died."""
     session.refuse_while_busy(context.store, own, session.COLLECT, context.store.url)
     others = session.sessions(context.store)
     return [other for other in others if other.work == session.CREATE and session.is_gone(other)]
@@ -156,14 +156,14 @@ def _leave(context: Context, own: Session, job: _Job | None) -> None:
 class _Job:
     """One snapshot in the making."""
 
-    def __init__(
-        self, context: Context, source: Source, request: Request, parent: Manifest | None, *, adopt: bool
-    ) -> None:
+    def __init__(self, context: Context, source: Source, request: Request, parent: Manifest | None) -> None:
         self._context = context
         self._source = source
         self._request = request
         self._parent = parent
         self._size_bytes = source.size_bytes
+        # A source of one's own may name them in any order.
+        self._filled = extents.from_pairs(source.data_extents())
         self._chunk_bytes = context.config.chunk_bytes
         self._chunks = -(-self._size_bytes // self._chunk_bytes)
         self.read_bytes = 0
@@ -173,8 +173,7 @@ class _Job:
         self._objects = Objects(reader, known, context.domain, self._chunk_bytes)
         self._compression = request.compression or context.config.compression
         self._storer = Storer(context.store, known, self._objects, reader, self._compression)
-        if adopt:
-            self._adopt(known)
+        self._adopt(known)
         # What other writers published, dead ones included, may not be durable yet, and this snapshot will rely on it.
         context.store.settle("packs/")
         context.store.settle("index/")
@@ -184,7 +183,11 @@ class _Job:
         self._fallback_reason = self._why_more()
 
     def _adopt(self, known: Index) -> None:
-        """Take up packs of writers that died before they wrote an index object."""
+        """Take up packs that no index object names, of writers that died before they wrote one or are about to.
+
+        Of a writer that lives both name them in the end, which costs entries and harms nothing: a pack has its name
+        when it is whole, and a patch whose base is in none of the packs is not taken for a chunk.
+        """
         for pack_id, size_bytes in index.unindexed_packs(self._context.store, known.packs()):
             with contextlib.suppress(DamagedError):
                 contents = pack.read_directory(self._context.store, pack_id, size_bytes)
@@ -330,7 +333,7 @@ class _Job:
         """What to read, and the pieces of work in ascending order: spans of data and the holes between them."""
         size_bytes = self._size_bytes
         region = extents.from_pairs([(0, size_bytes)]) if changed is None else changed
-        data = extents.aligned(self._source.data_extents(), self._chunk_bytes, size_bytes)
+        data = extents.aligned(self._filled, self._chunk_bytes, size_bytes)
         data = extents.intersection(data, region, size_bytes)
         holes = extents.difference(region, data, size_bytes)
 
@@ -367,7 +370,7 @@ class _Job:
     def _check_unchanged_sample(self, reading: Reading, changed: Extents) -> None:
         """Read a random share of what is said to be unchanged and compare; a lie is an error."""
         rest = extents.gaps(changed, self._size_bytes)
-        inside = extents.intersection(rest, self._source.data_extents(), self._size_bytes)
+        inside = extents.intersection(rest, self._filled, self._size_bytes)
         for part in (inside, rest):
             for chunk in self._some_chunks(extents.aligned(part, self._chunk_bytes, self._size_bytes)):
                 offset = chunk * self._chunk_bytes

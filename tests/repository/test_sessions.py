@@ -16,6 +16,7 @@ import pytest
 from snapcore import (
     BusyError,
     CancelledError,
+    DamagedError,
     Error,
     FencedError,
     MissingObjectError,
@@ -24,7 +25,8 @@ from snapcore import (
     StoreError,
 )
 from snapcore.persist import Buffer, Medium
-from snapcore.repository import collect, pack, session
+from snapcore.repository import collect, damage, index, pack, session
+from snapcore.repository.table import Table
 from snapcore.store import LocalStore, MemoryStore, Store
 from tests.support.disks import changed, disk
 from tests.support.small import Bytes
@@ -46,6 +48,7 @@ class HookedStore:
         self._store = store
         self._hook = hook
         self.url = store.url
+        self.folder = store.folder
 
     def get(self, name: str, limit_bytes: int) -> bytes:
         self._hook(f"get {name}")
@@ -415,6 +418,117 @@ def test_a_collector_that_was_ended_removes_no_pack() -> None:
     assert repository.verify().ok
 
 
+@pytest.mark.parametrize(
+    ("work", "instant"),
+    [
+        ("collect", "put_new packs/"),
+        ("collect", "put_new index/"),
+        ("collect", "delete index/"),
+        ("rebuild", "put_new index/"),
+        ("rebuild", "delete index/"),
+    ],
+)
+def test_a_collector_that_was_ended_leaves_the_index_objects_that_it_found(work: str, instant: str) -> None:
+    store, repository = new()
+    data = disk(1, 12)
+    first = take(repository, data)
+    take(repository, data[: 2 * 4096] + disk(2, 10))
+    repository.delete(first)
+    before = {name for name, _ in store.list("index/")}
+    assert len(before) == 2
+
+    def end() -> None:
+        for found in repository.sessions():
+            repository.end_session(found.id)
+
+    victim = Repository.open(HookedStore(store, AtFirst(instant, end)))
+    with pytest.raises(FencedError):
+        victim.collect() if work == "collect" else victim.rebuild_index()
+    # The deletion that had been asked for when the session was ended happens.
+    lost = before - {name for name, _ in store.list("index/")}
+    assert len(lost) == (1 if instant == "delete index/" else 0)
+
+
+@pytest.mark.parametrize("resident", [0, 1 << 19])
+def test_a_collection_at_any_instant_of_a_verification_is_no_damage(
+    chunk_bytes: int, resident: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "RESIDENT_ENTRIES", resident)
+    number = 0
+    while True:
+        number += 1
+        store, repository = new(chunk_bytes)
+        data = disk(1, 12)
+        gone = take(repository, data)
+        held = changed(data, 2, pages=3)
+        kept = take(repository, held)
+
+        def clean() -> None:
+            repository.delete(gone)
+            repository.collect()
+
+        hook = AtCall(number, clean)
+        with ThreadPoolExecutor(1) as hands:
+            verified = Repository.open(HookedStore(store, hook)).verify(executor=hands)
+        assert verified.ok, (number, verified)
+        assert list(store.list(damage.PREFIX)) == []
+        if not hook.done:
+            break
+        assert read(repository, kept) == held
+
+
+def test_damage_is_not_marked_while_collections_never_end() -> None:
+    store, repository = new()
+    take(repository, disk(1, 8))
+    name, size_bytes = next(iter(store.list("packs/")))
+    data = bytearray(store.get(name, size_bytes))
+    data[200] ^= 1
+    store.delete(name)
+    store.put_new(name, [data])
+
+    def replace(what: str) -> None:
+        if what == f"get {name}":
+            repository.rebuild_index()
+
+    with pytest.raises(BusyError, match="a collection is at work"):
+        Repository.open(HookedStore(store, replace)).verify()
+    assert list(store.list(damage.PREFIX)) == []
+    verified = repository.verify()
+    assert not verified.ok and verified.marked > 0
+
+
+def test_a_new_index_says_nothing_of_packs_that_are_not_there() -> None:
+    store, repository = new()
+    first = take(repository, disk(1, 4))
+    take(repository, disk(2, 4))
+    (known,) = index.Index.load(store).tables()
+    rows = known.entries.copy()
+    rows["pack"] = 0
+    index.write(store, Table((b"x" * 16,), rows, known.bases))
+    assert b"x" * 16 in index.Index.load(store).packs()
+    repository.delete(first)
+    repository.collect()
+    assert index.Index.load(store).packs() == pack.sizes(store).keys()
+
+
+def test_whoever_reads_by_a_paged_index_reads_on_when_a_collection_replaces_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(index, "RESIDENT_ENTRIES", 0)
+    store, repository = new()
+    data = disk(1, 16)
+    first = take(repository, disk(3, 8) + data[: 8 * 4096])
+    second = take(repository, data)
+    reader = repository.open_snapshot(second)
+    repository.delete(first)
+    old = {name for name, _ in store.list("index/")}
+    repository.collect()
+    assert not old & {name for name, _ in store.list("index/")}
+    buffer = bytearray(len(data))
+    reader.pread_into(buffer, 0)
+    assert bytes(buffer) == data
+
+
 @pytest.mark.parametrize("unlike", ["_machine", "space", "none"])
 def test_a_session_that_may_live_is_not_ended(unlike: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another machine of this name, in another process space of this boot, or where neither can be told."""
@@ -427,6 +541,76 @@ def test_a_session_that_may_live_is_not_ended(unlike: str, monkeypatch: pytest.M
     monkeypatch.setattr(session, "_kernel", lambda: "this-boot pid:[2]" if unlike == "space" else "next-boot pid:[1]")
     with pytest.raises(BusyError):
         repository.collect()
+
+
+@pytest.mark.parametrize("signal", ["reaches", "is forbidden"])
+def test_a_process_that_proc_hides_is_not_taken_for_dead(signal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, repository = new()
+    own = session.register(store, session.CREATE)
+    monkeypatch.setattr(session, "_started", lambda process: None)
+
+    def kill(process: int, number: int) -> None:
+        assert (process, number) == (own.process, 0)
+        if signal == "is forbidden":
+            raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(os, "getpid", lambda: own.process + 1)
+    with pytest.raises(BusyError, match=own.id):
+        repository.collect()
+
+    def gone(process: int, number: int) -> None:
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", gone)
+    repository.collect()
+    assert repository.sessions() == []
+
+
+@pytest.mark.parametrize("name", [32 * "a", "rubbish"])
+def test_a_damaged_session_is_named_with_the_command_that_removes_it(name: str) -> None:
+    store, repository = new()
+    held = {take(repository, disk(1, 4)): disk(1, 4)}
+    store.put_new(f"sessions/{name}", [b"no session"])
+    for work in (repository.collect, lambda: take(repository, disk(2, 4))):
+        with pytest.raises(DamagedError, match=f"snapcore repo sessions {store.url} --end {name}`"):
+            work()
+    assert repository.end_session(name) == name
+    check(store, held)
+
+
+def test_whoever_meets_a_collector_is_told_to_end_it_only_when_it_is_dead() -> None:
+    store, repository = new()
+    own = session.register(store, session.COLLECT)
+    with pytest.raises(BusyError, match=f"known to be dead.*--end {own.id}"):
+        take(repository, disk(1, 4))
+    session.withdraw(store, own)
+    own = session.register(store, session.CREATE)
+    with pytest.raises(BusyError, match=f"--end {own.id}.*its commit is refused"):
+        repository.collect()
+    session.withdraw(store, own)
+
+
+def test_what_an_interrupted_writer_stored_is_used_though_nobody_knows_whether_it_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, repository = new()
+
+    def die(what: str) -> None:
+        if what.startswith("put_new index/"):
+            raise StoreError("no more")
+
+    content = disk(1, 12)
+    with pytest.raises(StoreError):
+        take(Repository.open(HookedStore(store, die)), content)
+    (left,) = repository.sessions()
+    before = [name for name, _ in store.list("packs/")]
+    assert len(before) > 1
+    monkeypatch.setattr(session, "is_gone", lambda found: False)
+    snapshot = take(repository, content)
+    assert [name for name, _ in store.list("packs/")] == before
+    repository.end_session(left.id)
+    check(store, {snapshot: content})
 
 
 def test_a_session_that_could_not_be_written_blocks_nobody() -> None:
