@@ -27,38 +27,75 @@ from snapcore.errors import (
 )
 
 if TYPE_CHECKING:
-    from snapcore.progress import Progress
-    from snapcore.repository import Manifest, Repository, SnapshotReader
+    from snapcore.progress import Progress, ProgressCallback
+    from snapcore.repository import (
+        Collected,
+        Created,
+        Manifest,
+        Repository,
+        Restored,
+        Session,
+        Snapshot,
+        SnapshotReader,
+        Usage,
+        Verified,
+    )
+    from snapcore.source import Source
     from snapcore.source.compare import diff_images
+    from snapcore.store import LocalStore, MemoryStore, Store
 
 __all__ = [
     "BusyError",
     "CancelledError",
+    "Collected",
+    "Created",
     "DamagedError",
     "Error",
     "ExistsError",
     "FencedError",
+    "LocalStore",
     "Manifest",
+    "MemoryStore",
     "MissingObjectError",
     "NotFoundError",
     "OutOfSpaceError",
     "Progress",
+    "ProgressCallback",
     "ReadError",
     "RefusedError",
     "Repository",
+    "Restored",
+    "Session",
+    "Snapshot",
     "SnapshotReader",
+    "Source",
     "SourceChangedError",
+    "Store",
     "StoreError",
     "UnsupportedFormatError",
+    "Usage",
     "UsageError",
+    "Verified",
     "diff_images",
 ]
 
 _HOMES = {
+    "Collected": "snapcore.repository",
+    "Created": "snapcore.repository",
+    "LocalStore": "snapcore.store",
     "Manifest": "snapcore.repository",
+    "MemoryStore": "snapcore.store",
     "Progress": "snapcore.progress",
+    "ProgressCallback": "snapcore.progress",
     "Repository": "snapcore.repository",
+    "Restored": "snapcore.repository",
+    "Session": "snapcore.repository",
+    "Snapshot": "snapcore.repository",
     "SnapshotReader": "snapcore.repository",
+    "Source": "snapcore.source",
+    "Store": "snapcore.store",
+    "Usage": "snapcore.repository",
+    "Verified": "snapcore.repository",
     "diff_images": "snapcore.source.compare",
 }
 

@@ -57,6 +57,11 @@ class ReadError(Error):
         self.offset_bytes = offset_bytes
         self.length_bytes = length_bytes
         self.errno = code
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ReadError], tuple[str, int, int, int, str]]:
+        # The message alone, which is what pickle would pass, does not make one anew.
+        return type(self), (self.path, self.offset_bytes, self.length_bytes, self.errno, self.reason)
 
 
 class SourceChangedError(Error):

@@ -40,7 +40,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("snapcore: interrupted; nothing of it is visible, run it again to go on", err=True)
+        click.echo("snapcore: interrupted; run it again to go on", err=True)
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output has enough; Python would complain again when it flushes at exit.
@@ -49,4 +49,8 @@ def main() -> None:
     except Error as error:
         click.echo(f"snapcore: {error}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        click.echo(f"snapcore: {error.strerror or error}{where}", err=True)
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

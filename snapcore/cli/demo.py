@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import click
 
 from snapcore.cli import output
-from snapcore.errors import DamagedError
+from snapcore.errors import DamagedError, ExistsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,10 @@ class _Step:
 def demo(image: str | None, keep: str | None) -> None:
     """Show the main job on a copy of IMAGE, or on an ext4 image made of files of this machine."""
     if keep is not None:
-        os.makedirs(keep)
+        try:
+            os.makedirs(keep)
+        except FileExistsError as error:
+            raise ExistsError(f"{keep} exists already; name a new folder") from error
         _show(os.path.abspath(keep), image, kept=True)
         return
     import tempfile

@@ -19,12 +19,13 @@ def restore(snapshot: str, target: str, place: str, in_place: bool, allow_damage
     from snapcore.repository import Repository
 
     found = Repository.open(place)
+    wanted = found.find(snapshot)
     with output.bar() as progress:
-        done = found.restore(snapshot, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress)
+        done = found.restore(wanted, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress)
     if as_json:
         output.print_json(
             {
-                "snapshot": found.find(snapshot).id,
+                "snapshot": wanted.id,
                 "target": target,
                 "written_bytes": done.written_bytes,
                 "missing": output.extents_json(done.missing),

@@ -2,7 +2,7 @@
 
 from snapcore.repository.collect import Collected
 from snapcore.repository.create import Created
-from snapcore.repository.manifest import Manifest
+from snapcore.repository.manifest import Manifest, Snapshot
 from snapcore.repository.marks import Usage
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.repository import Repository
@@ -19,6 +19,7 @@ __all__ = [
     "Repository",
     "Restored",
     "Session",
+    "Snapshot",
     "SnapshotReader",
     "Usage",
     "Verified",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from snapcore import Manifest, Repository, Restored
 from snapcore.cli import main
 
 CHUNK = 64 << 10
@@ -249,3 +250,56 @@ def test_the_demo_shows_the_main_job(run: Run, image: Path) -> None:
     assert out.count("every byte is the same") == 2
     assert "÷ cp" in out and "try next" in out
     assert len(list(Path("kept/repo/snapshots").glob("*/*"))) == 2
+
+
+def test_a_demo_does_not_work_in_a_folder_that_is_there(run: Run, image: Path) -> None:
+    Path("kept").mkdir()
+    code, out, err = run("demo", str(image), "--keep", "kept")
+    assert (code, out) == (1, "")
+    assert err == "snapcore: kept exists already; name a new folder\n"
+
+
+def test_an_error_of_the_operating_system_is_one_line(run: Run, image: Path) -> None:
+    code, _, err = run("demo", str(image), "--keep", f"{image}/below")
+    assert code == 1
+    assert err.startswith("snapcore: ") and err.count("\n") == 1 and str(image) in err
+
+
+def test_a_restore_tells_its_snapshot_though_it_was_deleted_meanwhile(
+    run: Run, taken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = Repository.restore
+
+    def then_delete(repository: Repository, snapshot: Manifest, *rest: Any, **options: Any) -> Restored:
+        done = restore(repository, snapshot, *rest, **options)
+        repository.delete(taken[0]["id"])
+        return done
+
+    monkeypatch.setattr(Repository, "restore", then_delete)
+    code, out, err = run("restore", taken[0]["id"][:12], "out.img", "-r", "repo", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["snapshot"] == taken[0]["id"]
+
+
+def test_who_interrupts_is_not_told_that_nothing_is_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the commit it may be."""
+
+    def interrupt(place: str) -> Repository:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Repository, "open", interrupt)
+    code, _, err = run("snapshot", "list", "-r", "repo")
+    assert (code, err.strip()) == (130, "snapcore: interrupted; run it again to go on")
+
+
+def test_a_damaged_session_is_removed_by_the_command_that_its_error_names(
+    run: Run, taken: list[dict[str, Any]]
+) -> None:
+    Path("repo/sessions").mkdir(exist_ok=True)
+    Path("repo/sessions/abcd").write_bytes(b"no session")
+    code, _, err = run("repo", "sessions", "repo")
+    assert code == 1
+    command = err.split("`")[-2].split()
+    assert command[0] == "snapcore"
+    assert run(*command[1:]) == (0, "ended abcd\n", "")
+    assert run("repo", "sessions", "repo")[0] == 0
