@@ -129,10 +129,7 @@ def _write_direct(descriptor: int, views: deque[memoryview], offset_bytes: int) 
     try:
         stage = _stage()
         while views:
-            if _begins_on_page(views[0]):
-                ready = views[0]
-            else:
-                ready = stage[: _fill(stage, views)]
+            ready = views[0] if _begins_on_page(views[0]) else stage[: _fill(stage, views)]
             whole = len(ready) // _PAGE_BYTES * _PAGE_BYTES
             if whole == 0:
                 break
