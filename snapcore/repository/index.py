@@ -1,8 +1,8 @@
 """Where every record lies: a look-up by id over all index objects, in bounded memory.
 
 Small index objects are kept whole, up to `RESIDENT_ENTRIES` entries (64 bytes each); of larger ones only the fences
-stay in memory and a look-up reads the 64 entries behind one. What the own session has stored since its last index
-object is in a dict. Reading is safe from many threads; `add` belongs to one.
+stay in memory, and a look-up reads the 64 entries behind one; the pages that were used last are kept. What the own
+session has stored since its last index object is in a dict. Reading is safe from many threads; `add` belongs to one.
 
 What cannot be read counts as missing, so that it is stored again: records that a verify marked as damaged,
 records of packs that the store does not list, and patches whose base is nowhere in full. The latter two are no
@@ -21,15 +21,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.errors import DamagedError, Error, ReadError, UnsupportedFormatError
-from snapcore.repository import envelope, table
+from snapcore.errors import DamagedError, Error, NotFoundError, ReadError, UnsupportedFormatError
+from snapcore.repository import envelope, pack, table
 from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.envelope import Kind
 from snapcore.repository.table import ENTRY, FENCE_ENTRIES, NO_BASE, PACK_ID_BYTES, Entries, Ids, Table
 from snapcore.store.interface import Store
 
 RESIDENT_ENTRIES = 1 << 19
-_PAGES_KEPT = 2048
+# Of at most 3.7 kB each.
+_PAGES_KEPT = 4096
+_BASES_PAGE = 64
 _HEAD_BYTES = 4096
 _VALUES = ["rest", "pack", "offset", "stored", "plain", "kind", "form", "base"]
 
@@ -88,7 +90,7 @@ class _Resident:
         key = int.from_bytes(wanted[:8], "little")
         row = int(np.searchsorted(self._keys, np.uint64(key)))
         found = self._table
-        return _matches(found.entries, row, wanted, key, found.packs, found.bases, self.first_slot, bad)
+        return _matches(found.entries, row, wanted, key, found.packs, self._base, self.first_slot, bad)
 
     def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable) -> None:
         """Fill in where `places` is still None; one search for all keys."""
@@ -101,13 +103,13 @@ class _Resident:
         for number, row, value in zip(hits.tolist(), rows[hits].tolist(), values, strict=True):
             if places[number] is not None:
                 continue
-            rest, pack, offset, stored, plain, kind, form, base = value
+            rest, pack_place, offset, stored, plain, kind, form, base = value
             wanted = ids[number].tobytes()
-            pack_id = found.packs[pack]
+            pack_id = found.packs[pack_place]
             if rest != wanted[8:] or (pack_id, offset) in bad:
                 places[number] = next(self.places(wanted, bad), None)
                 continue
-            base_id = None if base == NO_BASE else found.bases[base].tobytes()
+            base_id = None if base == NO_BASE else self._base(base)
             places[number] = Place(self.first_slot + row, pack_id, offset, stored, plain, kind, form, base_id)
 
     def packs(self) -> tuple[bytes, ...]:
@@ -117,12 +119,42 @@ class _Resident:
     def all_entries(self) -> Table:
         return self._table
 
+    def _base(self, number: int) -> bytes:
+        return self._table.bases[number : number + 1].tobytes()
+
+
+class _Pages:
+    """The pages of all index objects that were used last, a fixed number of them."""
+
+    def __init__(self) -> None:
+        self._pages: OrderedDict[tuple[str, int], npt.NDArray[np.void]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str, offset_bytes: int, read: Callable[[], npt.NDArray[np.void]]) -> npt.NDArray[np.void]:
+        """The page at an offset of an object; `read` gives it when it is not here."""
+        key = name, offset_bytes
+        with self._lock:
+            page = self._pages.get(key)
+            if page is not None:
+                self._pages.move_to_end(key)
+                return page
+        try:
+            page = read()
+        except NotFoundError as error:
+            raise DamagedError(f"{error}; a collection has replaced the index meanwhile, try again") from error
+        with self._lock:
+            self._pages[key] = page
+            while len(self._pages) > _PAGES_KEPT:
+                self._pages.popitem(last=False)
+        return page
+
 
 class _Paged:
     """An index object of which only the fence is in memory; 64 entries are read at a time and checked."""
 
-    def __init__(self, store: Store, name: str, size_bytes: int, first_slot: int) -> None:
+    def __init__(self, store: Store, name: str, size_bytes: int, first_slot: int, pages: _Pages) -> None:
         self._store = store
+        self._pages = pages
         self._name = name
         self._body_bytes = size_bytes - envelope.HEADER_BYTES - envelope.CHECKSUM_BYTES
         self.first_slot = first_slot
@@ -132,31 +164,31 @@ class _Paged:
         head = self._read(0, found.entries_at)
         self._packs = table.parse_packs(head, found)
         self._fence = np.frombuffer(head, dtype="<u8", offset=found.fence_at)
-        bases = self._read(found.bases_at, found.base_count * ID_BYTES)
-        self._bases = table.ids_of(bases)
-        self._pages: OrderedDict[int, Entries] = OrderedDict()
-        self._lock = threading.Lock()
 
     def _read(self, offset_bytes: int, length_bytes: int) -> bytes:
         return self._store.get_range(self._name, envelope.HEADER_BYTES + offset_bytes, length_bytes)
 
     def _page(self, number: int) -> Entries:
-        with self._lock:
-            page = self._pages.get(number)
-            if page is not None:
-                self._pages.move_to_end(number)
-                return page
         start = number * FENCE_ENTRIES
         # One entry more than the fence stands for: equal keys may cross a page's border.
         count = min(FENCE_ENTRIES + 1, self.entries - start)
-        data = self._read(self._layout.entries_at + start * ENTRY.itemsize, count * ENTRY.itemsize)
-        page = np.frombuffer(data, dtype=ENTRY)
-        table.check_entries(page, self._layout, self._name)
-        with self._lock:
-            self._pages[number] = page
-            while len(self._pages) > _PAGES_KEPT:
-                self._pages.popitem(last=False)
-        return page
+        offset_bytes = self._layout.entries_at + start * ENTRY.itemsize
+
+        def read() -> Entries:
+            page = np.frombuffer(self._read(offset_bytes, count * ENTRY.itemsize), dtype=ENTRY)
+            table.check_entries(page, self._layout, self._name)
+            return page
+
+        return self._pages.get(self._name, offset_bytes, read)
+
+    def _base(self, number: int) -> bytes:
+        start = number - number % _BASES_PAGE
+        count = min(_BASES_PAGE, self._layout.base_count - start)
+        offset_bytes = self._layout.bases_at + start * ID_BYTES
+        page = self._pages.get(
+            self._name, offset_bytes, lambda: table.ids_of(self._read(offset_bytes, count * ID_BYTES))
+        )
+        return page[number - start : number - start + 1].tobytes()
 
     def places(self, wanted: bytes, bad: _Unreadable) -> Iterator[Place]:
         """Every place of an object, but the bad ones."""
@@ -166,7 +198,7 @@ class _Paged:
             page = self._page(number)
             row = int(np.searchsorted(page["key"], np.uint64(key)))
             slot = self.first_slot + number * FENCE_ENTRIES
-            yield from _matches(page, row, wanted, key, self._packs, self._bases, slot, bad)
+            yield from _matches(page, row, wanted, key, self._packs, self._base, slot, bad)
             number += 1
 
     def find_many(self, ids: Ids, keys: npt.NDArray[np.uint64], places: list[Place | None], bad: _Unreadable) -> None:
@@ -190,7 +222,7 @@ def _matches(
     wanted: bytes,
     key: int,
     packs: tuple[bytes, ...],
-    bases: Ids,
+    base_id: Callable[[int], bytes],
     first_slot: int,
     bad: _Unreadable,
 ) -> Iterator[Place]:
@@ -199,18 +231,18 @@ def _matches(
         entry = entries[row]
         if int(entry["key"]) != key:
             return
-        pack = packs[entry["pack"]]
-        if entry["rest"].tobytes() == rest and (pack, int(entry["offset"])) not in bad:
+        pack_id = packs[entry["pack"]]
+        if entry["rest"].tobytes() == rest and (pack_id, int(entry["offset"])) not in bad:
             base = int(entry["base"])
             yield Place(
                 first_slot + row,
-                pack,
+                pack_id,
                 int(entry["offset"]),
                 int(entry["stored"]),
                 int(entry["plain"]),
                 int(entry["kind"]),
                 int(entry["form"]),
-                None if base == NO_BASE else bases[base].tobytes(),
+                None if base == NO_BASE else base_id(base),
             )
         row += 1
 
@@ -221,6 +253,7 @@ class Index:
     def __init__(self, store: Store, bad: BadPlaces = frozenset()) -> None:
         self._store = store
         self._parts: list[_Resident | _Paged] = []
+        self._pages = _Pages()
         self._new: dict[bytes, Place] = {}
         self._bad = _Unreadable(bad)
         self._resident = 0
@@ -257,7 +290,7 @@ class Index:
                 else:
                     if damaged is not None:
                         load(store, name)
-                    index._add_part(_Paged(store, name, size_bytes, index.slots))
+                    index._add_part(_Paged(store, name, size_bytes, index.slots, index._pages))
             except (DamagedError, ReadError, UnsupportedFormatError) as error:
                 if damaged is None:
                     raise
@@ -266,8 +299,8 @@ class Index:
             # Many small objects cost a look-up each: one table of them all costs one.
             index._add_part(_Resident(table.merge(small), index.slots))
         # Listed last: a pack is there before an index object names it, and a writer has kept collectors away by now.
-        listed = {pack_id for pack_id, _ in unindexed_packs(store, set())}
-        index._bad.gone = frozenset(pack for part in index._parts for pack in part.packs()) - listed
+        named = frozenset(pack_id for part in index._parts for pack_id in part.packs())
+        index._bad.gone = named - pack.sizes(store).keys()
         return index
 
     def _add_part(self, part: _Resident | _Paged) -> None:
@@ -292,7 +325,7 @@ class Index:
             self._resident += len(contents.entries)
             self._add_part(_Resident(contents, self.slots))
         else:
-            self._add_part(_Paged(self._store, name, size_bytes, self.slots))
+            self._add_part(_Paged(self._store, name, size_bytes, self.slots, self._pages))
         for record_id in contents.ids():
             self._new.pop(record_id.tobytes(), None)
 
@@ -346,7 +379,7 @@ class Index:
 
     def packs(self) -> set[bytes]:
         """Ids of all packs that an entry names."""
-        return {pack for contents in self.tables() for pack in contents.packs}
+        return {pack_id for contents in self.tables() for pack_id in contents.packs}
 
     def tables(self) -> list[Table]:
         """All tables, in the order of their slots. Larger than memory allows for very large repositories."""
@@ -374,12 +407,4 @@ def write(store: Store, contents: Table) -> tuple[str, int]:
 
 def unindexed_packs(store: Store, known: set[bytes]) -> list[tuple[bytes, int]]:
     """(id, size in bytes) of packs in the store that no entry names."""
-    found = []
-    for name, size_bytes in store.list("packs/"):
-        try:
-            pack_id = bytes.fromhex(name.removeprefix("packs/"))
-        except ValueError:
-            continue
-        if len(pack_id) == PACK_ID_BYTES and pack_id not in known:
-            found.append((pack_id, size_bytes))
-    return found
+    return [(pack_id, size_bytes) for pack_id, size_bytes in pack.sizes(store).items() if pack_id not in known]

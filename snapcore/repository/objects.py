@@ -9,7 +9,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
 from snapcore.persist import Buffer
@@ -28,6 +28,8 @@ _GAP_BYTES = 64 << 10
 _RUN_BYTES = 4 << 20
 # Collections that may end while one object is read.
 _RENEWALS = 3
+
+Result = TypeVar("Result")
 
 
 class Base(NamedTuple):
@@ -91,14 +93,18 @@ class Objects:
 
     def _found(self, kind: RecordKind, object_id: bytes) -> Buffer:
         """The object, by a new index when the present one leads nowhere."""
+        return self._renewing(lambda: self._object(kind, object_id, self.place(kind, object_id)))
+
+    def _renewing(self, attempt: Callable[[], Result]) -> Result:
+        """What `attempt` finds, by a new index when the present one leads nowhere."""
         for _ in range(_RENEWALS):
             seen = self.index
             try:
-                return self._object(kind, object_id, self.place(kind, object_id))
+                return attempt()
             except DamagedError:
                 if not self._renewed(seen):
                     raise
-        return self._object(kind, object_id, self.place(kind, object_id))
+        return attempt()
 
     def _renewed(self, seen: Index) -> bool:
         """Whether there is another index now than the one that was used."""
@@ -133,13 +139,24 @@ class Objects:
 
     def chunks(self, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
         """(number, bytes or what is wrong) for every chunk of `ids`; neighbours in a pack are read in one go."""
-        for number, plain in self._many(RecordKind.CHUNK, ids, self.index.find_many(ids)):
+        try:
+            places = self._renewing(lambda: self.index.find_many(ids))
+        except DamagedError:
+            # Part of the index cannot be read: not every chunk need be in that part.
+            for number in range(len(ids)):
+                yield number, self._chunk_or_error(ids[number].tobytes())
+            return
+        for number, plain in self._many(RecordKind.CHUNK, ids, places):
             if isinstance(plain, DamagedError) and self._renew is not None:
-                try:
-                    plain = self._found(RecordKind.CHUNK, ids[number].tobytes())
-                except DamagedError as error:
-                    plain = error
-            yield number, plain
+                yield number, self._chunk_or_error(ids[number].tobytes())
+            else:
+                yield number, plain
+
+    def _chunk_or_error(self, object_id: bytes) -> Buffer | DamagedError:
+        try:
+            return self._found(RecordKind.CHUNK, object_id)
+        except DamagedError as error:
+            return error
 
     def _many(
         self, kind: RecordKind, ids: Ids, places: list[Place | None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from snapcore.errors import DamagedError
+from snapcore.errors import DamagedError, ReadError
 from snapcore.persist import Buffer
 from snapcore.repository import envelope, record, table
 from snapcore.repository.codec import Codec
@@ -24,6 +24,8 @@ PACK_BYTES = 16 << 20
 PACK_LIMIT_BYTES = 1 << 30
 DIRECTORY_LIMIT_BYTES = 64 << 20
 FOOTER_BYTES = 32
+# Of a pack on a failing medium, stretches of this length are read or given up.
+_STRETCH_BYTES = 64 << 10
 
 _FOOTER = struct.Struct("<8sQQQ")
 _FOOTER_MAGIC = b"SNAPFOOT"
@@ -106,6 +108,30 @@ def read_directory(store: Reader, pack_id: bytes, size_bytes: int) -> Table:
     if any(found != pack_id for found in contents.packs):
         raise DamagedError(f"{where}: its directory speaks of another pack; it was moved or exchanged")
     return contents
+
+
+def contents(store: Reader, pack_id: bytes, size_bytes: int) -> Table:
+    """The table of what lies in a pack: its directory, or what a scan still finds where that cannot be read."""
+    try:
+        return read_directory(store, pack_id, size_bytes)
+    except (DamagedError, ReadError):
+        where = name(pack_id)
+        if size_bytes > PACK_LIMIT_BYTES:
+            raise DamagedError(f"{where} has {size_bytes} bytes where {PACK_LIMIT_BYTES} are the most") from None
+        return scan_directory(b"".join(_readable(store, where, 0, size_bytes)), pack_id)
+
+
+def _readable(store: Reader, where: str, offset_bytes: int, length_bytes: int) -> Iterator[bytes]:
+    """A range of a pack, with zeros for stretches that the medium does not give."""
+    try:
+        yield store.get_range(where, offset_bytes, length_bytes)
+    except ReadError:
+        if length_bytes <= _STRETCH_BYTES:
+            yield bytes(length_bytes)
+            return
+        half = length_bytes // 2
+        yield from _readable(store, where, offset_bytes, half)
+        yield from _readable(store, where, offset_bytes + half, length_bytes - half)
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,6 +210,47 @@ def test_an_object_under_a_name_that_no_index_object_has_is_damage() -> None:
         loaded(store, 1 << 19)
 
 
+def test_the_pages_that_are_kept_are_bounded_for_all_index_objects_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_PAGES_KEPT", 4)
+    parts = [[bytes([part, number]) + b"\1" * 30 for number in range(4)] for part in range(8)]
+    rows = [[(record_of(name), b"p" * 16, 64 + part) for name in names] for part, names in enumerate(parts)]
+    store = stored([built(list(part)).table() for part in rows])
+    found = loaded(store, 0)
+    # A look-up of what is nowhere asks every object: for eight objects, four pages never suffice.
+    assert found.find(b"\xff" * 32) is None
+    store.lengths.clear()
+    assert found.find(b"\xff" * 32) is None
+    assert len(store.lengths) == len(parts)
+
+
+def test_bases_in_a_paged_object_are_read_when_they_are_needed() -> None:
+    count = 1000
+    bases = [number.to_bytes(8, "little") + b"\2" * 24 for number in range(count)]
+    patches = [number.to_bytes(8, "little") + b"\3" * 24 for number in range(count)]
+    rows: list[Noted] = [(record_of(base), b"p" * 16, 64 * number) for number, base in enumerate(bases)]
+    rows += [
+        (record_of(name, base), b"q" * 16, 64 * number)
+        for number, (name, base) in enumerate(zip(patches, bases, strict=True))
+    ]
+    store = stored([built(rows).table()])
+    found = loaded(store, 0)
+    assert sum(store.lengths) < count * 32
+    places = [found.find(name) for name in patches]
+    assert [place and place.base for place in places] == bases
+
+
+def test_a_paged_index_object_that_is_gone_is_damage_to_a_look_up() -> None:
+    name = b"\1" * 32
+    store = stored([built([(record_of(name), b"p" * 16, 64)]).table()])
+    found = loaded(store, 0)
+    (where,) = [where for where, _ in store.list("index/")]
+    store.delete(where)
+    with pytest.raises(DamagedError, match=where):
+        found.find(name)
+    with pytest.raises(DamagedError, match=where):
+        found.find_many(table.ids_of(name))
+
+
 def test_packs_that_no_entry_names_are_listed_with_their_sizes() -> None:
     store = stored([], {b"a" * 16, b"b" * 16})
     store.put_new("packs/0123", [b"no pack"])
