@@ -93,12 +93,7 @@ class _Collection:
         """Let the index know of packs that no index object names."""
         found = index.unindexed_packs(self._store, known.packs())
         for pack_id, size_bytes in found:
-            try:
-                contents = pack.read_directory(self._store, pack_id, size_bytes)
-            except DamagedError:
-                data = self._store.get(pack.name(pack_id), pack.PACK_LIMIT_BYTES)
-                contents = pack.scan_directory(data, pack_id)
-            known.add_table(contents)
+            known.add_table(pack.contents(self._store, pack_id, size_bytes))
         return bool(found)
 
     def run(self, progress: ProgressCallback | None) -> Collected:
@@ -203,10 +198,12 @@ class _Collection:
         )
 
     def _replace_index(self, moved: list[Table], gone: set[bytes]) -> None:
-        """Steps 5 and 6: the new index is there before the old one goes."""
+        """Steps 5 and 6: the new index is there before the old one goes. Entries of packs that have vanished go too."""
+        session.check(self._store, self._own)
+        left = self._sizes.keys() - gone
         kept = []
         for contents, _ in self._parts():
-            lost = [number for number, pack_id in enumerate(contents.packs) if pack_id in gone]
+            lost = [number for number, pack_id in enumerate(contents.packs) if pack_id not in left]
             kept.append(
                 Table(contents.packs, contents.entries[~np.isin(contents.entries["pack"], lost)], contents.bases)
             )
@@ -214,6 +211,7 @@ class _Collection:
             _, size_bytes = index.write(self._store, part)
             self._freed_bytes -= size_bytes
         for name, size_bytes in self._old_index.items():
+            session.check(self._store, self._own)
             self._store.delete(name)
             self._freed_bytes += size_bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 
@@ -14,6 +15,8 @@ from snapcore.repository.index import BadPlaces
 from snapcore.store.interface import Store
 
 PREFIX = "damage/"
+# Of about 130 bytes each: an object of them stays far below the limit of what is read as JSON.
+_OBJECT_RECORDS = 50_000
 _PACK = re.compile(r"[0-9a-f]{32}")
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -53,9 +56,11 @@ def places(marked: list[Bad]) -> BadPlaces:
 def replace(store: Store, found: list[Bad]) -> None:
     """Make `found` all that is marked."""
     old = [name for name, _ in store.list(PREFIX)]
-    if found:
+    for start in range(0, len(found), _OBJECT_RECORDS):
         object_id = secrets.token_bytes(16)
-        body = msgspec.json.encode(_Body(found))
+        body = msgspec.json.encode(_Body(found[start : start + _OBJECT_RECORDS]))
         store.put_new(PREFIX + object_id.hex(), [envelope.sealed(Kind.DAMAGE, object_id, body)])
     for name in old:
-        store.delete(name)
+        # A verification and a collection may both be at it.
+        with contextlib.suppress(NotFoundError):
+            store.delete(name)

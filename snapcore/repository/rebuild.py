@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from snapcore.errors import DamagedError
 from snapcore.progress import Meter, ProgressCallback
 from snapcore.repository import index, pack, session, table
 from snapcore.repository.context import Context
@@ -16,21 +15,17 @@ def rebuild_index(context: Context, progress: ProgressCallback | None = None) ->
         session.refuse_while_busy(store, own, session.CREATE, store.url)
         session.refuse_while_busy(store, own, session.COLLECT, store.url)
         old = [name for name, _ in store.list("index/")]
-        packs = index.unindexed_packs(store, set())
-        meter = Meter(progress, "rebuild", sum(size_bytes for _, size_bytes in packs))
+        packs = pack.sizes(store)
+        meter = Meter(progress, "rebuild", sum(packs.values()))
         tables = []
-        for pack_id, size_bytes in packs:
-            try:
-                contents = pack.read_directory(store, pack_id, size_bytes)
-            except DamagedError:
-                data = store.get(pack.name(pack_id), pack.PACK_LIMIT_BYTES)
-                contents = pack.scan_directory(data, pack_id)
-            tables.append(contents)
+        for pack_id, size_bytes in packs.items():
+            tables.append(pack.contents(store, pack_id, size_bytes))
             meter.advance(size_bytes)
         merged = table.merge(tables)
         for part in table.split(merged):
             index.write(store, part)
         for name in old:
+            session.check(store, own)
             store.delete(name)
     finally:
         session.withdraw(store, own)

@@ -9,12 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from snapcore import extents
-from snapcore.errors import DamagedError, Error, MissingObjectError, NotFoundError, ReadError, UnsupportedFormatError
+from snapcore.errors import (
+    BusyError,
+    DamagedError,
+    Error,
+    MissingObjectError,
+    NotFoundError,
+    ReadError,
+    UnsupportedFormatError,
+)
 from snapcore.extents import Extents
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
@@ -31,6 +39,8 @@ from snapcore.repository.table import Entries, entry_ids, ids_of
 from snapcore.repository.tree import FANOUT, used_slots
 from snapcore.store import Store
 
+# Collections that may end while everything is read, before it is given up.
+_ATTEMPTS = 3
 _RUNS_LIMIT = 1 << 15
 # Per pack: one that was made to be a nuisance can hold millions of records that are wrong.
 _PROBLEMS_LIMIT = 1000
@@ -138,6 +148,33 @@ class _Report:
 def verify(context: Context, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
     """Read and check everything; see `Repository.verify`."""
     started = time.monotonic()
+    store = context.store
+    with executor_or_own(executor) as hands:
+        for _ in range(_ATTEMPTS):
+            before = _names(store)
+            try:
+                found, bad = _attempt(context, progress, hands)
+            except (DamagedError, NotFoundError):
+                if before <= _names(store):
+                    raise
+                continue
+            # What a collection has moved or removed meanwhile is neither bad nor lost.
+            if found.ok or before <= _names(store):
+                marked = _mark(context, bad, found.problems)
+                return replace(found, marked=marked, duration_s=time.monotonic() - started)
+    raise BusyError(
+        f"a collection is at work on {store.url}: what is there changed while it was verified, {_ATTEMPTS} times. "
+        f"See `snapcore repo sessions {store.url}` and verify again when it is done"
+    )
+
+
+def _names(store: Store) -> set[str]:
+    """Every index object and pack. Creates only add to them."""
+    return {name for prefix in ("index/", "packs/") for name, _ in store.list(prefix)}
+
+
+def _attempt(context: Context, progress: ProgressCallback | None, hands: Executor) -> tuple[Verified, list[Bad]]:
+    """Read and check everything once. Returns also what is to be marked."""
     problems: list[Problem] = []
     snapshots = _snapshots(context, problems)
     # Marks of an earlier verify are left out here: a record that reads well again counts as good again.
@@ -148,11 +185,10 @@ def verify(context: Context, progress: ProgressCallback | None = None, executor:
     problems += [Problem(name, "this is no name of a pack; remove what does not belong there") for name in strays]
     meter = Meter(progress, "verify", sum(task.size_bytes or 0 for task in tasks))
     reports = []
-    with executor_or_own(executor) as hands:
-        for report in in_order(hands, _CheckPack(context.store, objects), tasks):
-            meter.advance(report.size_bytes)
-            reports.append(report)
-            problems += report.problems
+    for report in in_order(hands, _CheckPack(context.store, objects), tasks):
+        meter.advance(report.size_bytes)
+        reports.append(report)
+        problems += report.problems
     bad = [row for report in reports for row in report.bad]
     rest = Objects(
         context.store,
@@ -165,8 +201,7 @@ def verify(context: Context, progress: ProgressCallback | None = None, executor:
         # Only then is it damage: see the index on entries that lead nowhere.
         bad += [row for report in reports for row in report.lost]
         problems += [problem for report in reports for problem in report.lost_problems]
-    marked = _mark(context, bad, problems)
-    return Verified(
+    found = Verified(
         len(snapshots),
         len(tasks),
         sum(report.records for report in reports),
@@ -174,9 +209,10 @@ def verify(context: Context, progress: ProgressCallback | None = None, executor:
         sum(report.size_bytes for report in reports),
         problems,
         hits,
-        marked,
-        time.monotonic() - started,
+        0,
+        0.0,
     )
+    return found, bad
 
 
 def _snapshots(context: Context, problems: list[Problem]) -> list[Manifest]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore import DamagedError, Error, NotFoundError, ReadError, Repository
-from snapcore.repository import index
+from snapcore.repository import damage, index, table
 from snapcore.repository.domain import PLAIN, ZERO_ID
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.record import RecordKind
@@ -545,3 +545,48 @@ def test_a_zero_root_needs_no_records() -> None:
         store.delete(name)
     assert repository.open_snapshot(created).read() == bytes(9000)
     assert np.asarray(repository.verify().hits).size == 0
+
+
+def test_a_damaged_page_of_the_index_costs_the_chunks_in_it_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "RESIDENT_ENTRIES", 0)
+    store = MemoryStore()
+    repository = Repository.create(store, chunk_bytes=4096)
+    data = random.Random(1).randbytes(1000 * 4096)
+    repository.snapshot(Bytes(data), disk="disk")
+    known = index.Index.load(store)
+    (contents,) = known.tables()
+    ids = contents.ids()[contents.entries["kind"] == RecordKind.CHUNK]
+    objects = repository._context.objects()
+    page = objects.index._parts[0]._page  # type: ignore[union-attr]
+
+    def damaged(number: int) -> table.Entries:
+        if number == 5:
+            raise DamagedError("a page")
+        return page(number)
+
+    monkeypatch.setattr(objects.index._parts[0], "_page", damaged)
+    lost = [number for number, plain in objects.chunks(ids) if isinstance(plain, DamagedError)]
+    assert 0 < len(lost) <= index.FENCE_ENTRIES + 1
+
+
+def test_any_number_of_records_can_be_marked() -> None:
+    store = MemoryStore()
+    marked = [damage.Bad(pack="ab" * 16, offset=number << 20, id="cd" * 32) for number in range(130_000)]
+    for found in (marked, marked[:1], []):
+        damage.replace(store, found)
+        assert sorted(damage.load(store), key=lambda bad: bad.offset) == found
+
+
+def test_marks_that_somebody_else_removes_meanwhile_are_gone_all_the_same() -> None:
+    class Raced(MemoryStore):
+        """Somebody else deletes what is to be deleted first."""
+
+        def delete(self, name: str) -> None:
+            super().delete(name)
+            super().delete(name)
+
+    store = Raced()
+    bad = damage.Bad(pack="ab" * 16, offset=1, id="cd" * 32)
+    damage.replace(store, [bad])
+    damage.replace(store, [])
+    assert damage.load(store) == []

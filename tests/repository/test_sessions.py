@@ -511,15 +511,20 @@ def test_a_new_index_says_nothing_of_packs_that_are_not_there() -> None:
     assert index.Index.load(store).packs() == pack.sizes(store).keys()
 
 
+@pytest.mark.parametrize("nodes_known", [False, True])
 def test_whoever_reads_by_a_paged_index_reads_on_when_a_collection_replaces_it(
+    nodes_known: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(index, "RESIDENT_ENTRIES", 0)
+    monkeypatch.setattr(index, "_PAGES_KEPT", 0)
     store, repository = new()
     data = disk(1, 16)
     first = take(repository, disk(3, 8) + data[: 8 * 4096])
     second = take(repository, data)
     reader = repository.open_snapshot(second)
+    if nodes_known:
+        reader.pread_into(bytearray(4096), 0)
     repository.delete(first)
     old = {name for name, _ in store.list("index/")}
     repository.collect()
