@@ -19,7 +19,16 @@ from datetime import UTC, datetime
 import numpy as np
 
 from snapcore import extents, scan
-from snapcore.errors import BusyError, DamagedError, Error, ExistsError, FencedError, RefusedError, SourceChangedError
+from snapcore.errors import (
+    BusyError,
+    DamagedError,
+    Error,
+    ExistsError,
+    FencedError,
+    ReadError,
+    RefusedError,
+    SourceChangedError,
+)
 from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.persist import Buffer
@@ -86,7 +95,7 @@ def create(
     try:
         gone = _look(context, own)
         job = _Job(context, source, request, parent)
-        snapshot = job.run(object_name, progress, executor)
+        snapshot = job.run(own, object_name, progress, executor)
     except BaseException:
         _leave(context, own, job)
         raise
@@ -189,7 +198,7 @@ class _Job:
         when it is whole, and a patch whose base is in none of the packs is not taken for a chunk.
         """
         for pack_id, size_bytes in index.unindexed_packs(self._context.store, known.packs()):
-            with contextlib.suppress(DamagedError):
+            with contextlib.suppress(DamagedError, ReadError):
                 contents = pack.read_directory(self._context.store, pack_id, size_bytes)
                 known.add_table(contents)
                 self._storer.add_table(contents)
@@ -239,7 +248,9 @@ class _Job:
             )
         return None
 
-    def run(self, object_name: str, progress: ProgressCallback | None, executor: Executor | None) -> Manifest:
+    def run(
+        self, own: Session, object_name: str, progress: ProgressCallback | None, executor: Executor | None
+    ) -> Manifest:
         """All steps up to the commit."""
         parent, request = self._parent, self._request
         levels = tree.levels_for(self._chunks)
@@ -303,7 +314,7 @@ class _Job:
             source=self._source.name.encode("utf-8", "backslashreplace").decode(),
             software=f"snapcore {VERSION}",
         )
-        self._commit(object_name, snapshot)
+        self._commit(own, object_name, snapshot)
         self._hints.finish(snapshot.id, self._chunks)
         return snapshot
 
@@ -395,10 +406,12 @@ class _Job:
         found: list[int] = chunks.tolist()
         return found
 
-    def _commit(self, object_name: str, snapshot: Manifest) -> None:
+    def _commit(self, own: Session, object_name: str, snapshot: Manifest) -> None:
         try:
+            # Damaged sessions are ended without a tombstone, for the name of the manifest is lost with them.
+            session.check(self._context.store, own)
             manifest.write(self._context.store, object_name, snapshot)
-        except ExistsError as error:
+        except (ExistsError, FencedError) as error:
             raise FencedError(
                 f"the session of snapshot {snapshot.id} was ended by somebody else before it was done; nothing is "
                 "visible, take the snapshot again: what it stored is used"

@@ -328,7 +328,10 @@ class Repository:
         return collect.collect(self._context, self.snapshots, progress)
 
     def verify(self, *, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
-        """Read and check everything. What is damaged is marked, so that the next snapshot stores it again."""
+        """Read and check everything. What is damaged is marked, so that the next snapshot stores it again.
+
+        BusyError when collections keep moving what is being read.
+        """
         return verify.verify(self._context, progress, executor)
 
     def rebuild_index(self, *, progress: ProgressCallback | None = None) -> int:
