@@ -68,20 +68,12 @@ class RawSource:
 
     def read_into(self, target: memoryview, offset_bytes: int) -> None:
         """Fill `target` from the image; see `Source.read_into`."""
-        done = 0
-        while done < len(target):
-            try:
-                count = os.preadv(self._descriptor, [target[done:]], offset_bytes + done)
-            except OSError as error:
-                code = error.errno or errno.EIO
-                reason = error.strerror or str(error)
-                raise ReadError(self._path, offset_bytes + done, len(target) - done, code, reason) from error
-            if count == 0:
-                raise SourceChangedError(
-                    f"{self._path} ends at byte {offset_bytes + done} and had {self._size_bytes} bytes when it was "
-                    "opened: it was truncated meanwhile; take the snapshot again when nobody writes to it"
-                )
-            done += count
+        done = read_file(self._path, self._descriptor, target, offset_bytes)
+        if done < len(target):
+            raise SourceChangedError(
+                f"{self._path} ends at byte {offset_bytes + done} and had {self._size_bytes} bytes when it was "
+                "opened: it was truncated meanwhile; take the snapshot again when nobody writes to it"
+            )
 
     def check_unchanged(self) -> None:
         """SourceChangedError when size or times are not what they were; a private clone never changes."""
@@ -112,6 +104,22 @@ class RawSource:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def read_file(path: str, descriptor: int, target: memoryview, offset_bytes: int) -> int:
+    """Fill `target` from a file or device. Returns how many bytes there were, fewer only at its end; ReadError."""
+    done = 0
+    while done < len(target):
+        try:
+            count = os.preadv(descriptor, [target[done:]], offset_bytes + done)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            reason = error.strerror or str(error)
+            raise ReadError(path, offset_bytes + done, len(target) - done, code, reason) from error
+        if count == 0:
+            break
+        done += count
+    return done
 
 
 def file_data_extents(path: str, descriptor: int, size_bytes: int) -> Extents:

@@ -26,7 +26,6 @@ from snapcore.errors import (
     Error,
     ExistsError,
     NotFoundError,
-    ReadError,
     RefusedError,
     UsageError,
     from_os_error,
@@ -34,7 +33,7 @@ from snapcore.errors import (
 from snapcore.extents import Extents
 from snapcore.persist import Medium
 from snapcore.source import device
-from snapcore.source.raw import file_data_extents
+from snapcore.source.raw import file_data_extents, read_file
 
 PAGE_BYTES = 4096
 PARTIAL = ".snapcore-partial"
@@ -77,17 +76,8 @@ class RawTarget:
 
     def read_into(self, target: memoryview, offset_bytes: int) -> None:
         """Fill `target` with what stands there now."""
-        done = 0
-        while done < len(target):
-            try:
-                count = os.preadv(self._descriptor, [target[done:]], offset_bytes + done)
-            except OSError as error:
-                code = error.errno or errno.EIO
-                reason = error.strerror or str(error)
-                raise ReadError(self.path, offset_bytes + done, len(target) - done, code, reason) from error
-            if count == 0:
-                raise BusyError(f"{self.path} was truncated by somebody else during the restore; start it again")
-            done += count
+        if read_file(self.path, self._descriptor, target, offset_bytes) < len(target):
+            raise BusyError(f"{self.path} was truncated by somebody else during the restore; start it again")
 
     def write_data(self, data: memoryview, offset_bytes: int) -> None:
         """Write the pages of `data` that are not zero; the others must be zero already."""
