@@ -154,7 +154,7 @@ def same_bytes(const uint8_t[::1] a not None, const uint8_t[::1] b not None):
     cdef bint same = a.shape[0] == b.shape[0]
     if same and a.shape[0]:
         if a.shape[0] <= 65536:
-            # Over in 3 µs: to give the interpreter away and wait for it again takes longer.
+            # Soon over: to give the interpreter away and wait for it again takes longer.
             same = memcmp(&a[0], &b[0], a.shape[0]) == 0
         else:
             with nogil:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 COMPRESSIONS = ("lz4", "zstd", "none")
 # Below a gain of 1/32 the reader's time is worth more than the space.
 _GAIN_DIVISOR = 32
-# On a Debian system's disk, 64-KiB chunks, one thread of an EPYC: 1 packs 2.13 : 1 at 0.76 GB/s, 2 packs 2.07 at 0.97,
-# 4 packs 1.97 at 1.09.
+# A Debian system's disk, 64-KiB chunks, one thread of an EPYC: 1 packs 1.97 : 1 at 0.86 GB/s, 2 packs 1.91 at 0.93,
+# 4 packs 1.82 at 1.03 (bench/choices.py).
 _LZ4_ACCELERATION = 2
 # A frame says how much memory its decoding takes: up to 128 MiB unless limited. 8 MiB hold any chunk and any patch.
 _ZSTD_WINDOW_LOG = 23

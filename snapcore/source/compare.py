@@ -16,7 +16,7 @@ from snapcore.source.interface import Source
 from snapcore.source.raw import open_source
 
 BLOCK_BYTES = 4096
-# pread and compare, two threads: 128 KiB 10.1 GB/s, 512 KiB 13.7, 1 MiB 14.0.
+# Both windows fit the caches; smaller ones cost more calls.
 _WINDOW_BYTES = 1 << 20
 
 

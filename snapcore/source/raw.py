@@ -2,7 +2,7 @@
 
 Bytes are read with preadv into memory of our own and never through a mapping: a file that is truncated under a
 mapping kills the process, populated or not, and pread is the faster one besides (compare of two cached images, two
-threads, 1-MiB windows, 2-core EPYC: 14.0 GB/s against 9.4 GB/s mapped and populated, 8.7 against 6.5 with one).
+threads, 1-MiB windows, 2-core EPYC: 12.5 GB/s of each against 7.6 mapped and populated; bench/choices.py).
 
 On a file system with reflinks the snapshot is read from a private clone, so the file may be written meanwhile.
 Elsewhere a change is noticed by size, modification and status-change time.
