@@ -1,7 +1,8 @@
 """Work handed to an executor in order, with a fixed number of pieces in flight.
 
-The unit of work is a span of megabytes, so that what Python adds to it stays small. Results come back in the order of the pieces, so they
-do not depend on the number of threads, and memory is bounded by `in_flight` whatever the disk's size.
+The unit of work is a span of megabytes, so that what Python adds to it stays small. Results come back in the order
+of the pieces, so they do not depend on the number of threads, and memory is bounded by `in_flight` whatever the
+disk's size.
 """
 
 from __future__ import annotations
