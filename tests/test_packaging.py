@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -29,7 +30,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (ROOT / "setup.py").exists():
         pytest.skip("only the tests are here, not the checkout that they belong to")
     folder = tmp_path_factory.mktemp("sdist")
-    _python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT), cwd=folder)
+    # Of a copy: building leaves files in the folder for a moment, and other tests look at the checkout meanwhile.
+    left_out = shutil.ignore_patterns(".*cache", ".git", ".venv", ".hypothesis", "build", "*.egg-info", "__pycache__")
+    copy = shutil.copytree(ROOT, folder / "checkout", ignore=left_out)
+    _python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(copy), cwd=folder)
     (found,) = folder.glob("*.tar.gz")
     return found
 
