@@ -5,28 +5,36 @@ Exit codes: 0 done, 1 failed (an error of `snapcore.Error`, or damage found), 2 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
 import click
 
-from snapcore.cli import demo, diff, repo, restore, snapshot, verify
 from snapcore.errors import Error, UsageError
 from snapcore.version import VERSION
 
+# A command, or a group of them, is an object of the same name in the file of that name beside this one.
+COMMANDS = ("demo", "diff", "repo", "restore", "snapshot", "verify")
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(click.Group):
+    """Imports the file of a command when that command is asked for: what a short one takes is mostly imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"snapcore.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION)
 def root() -> None:
     """Snapshots of disk images: full, then changed blocks only; any can be deleted, any restores the whole disk."""
-
-
-root.add_command(demo.demo)
-root.add_command(repo.repo)
-root.add_command(snapshot.snapshot)
-root.add_command(restore.restore)
-root.add_command(verify.verify)
-root.add_command(diff.diff)
 
 
 def main() -> None:

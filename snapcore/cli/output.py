@@ -1,17 +1,22 @@
-"""What all commands print with: one JSON object, tables for people, a bar on a terminal."""
+"""What all commands print with: one JSON object, tables for people, a bar on a terminal.
+
+Libraries are imported where they are used: a command that prints a line does not wait for those that draw tables.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from snapcore.errors import UsageError
-from snapcore.extents import Extents
-from snapcore.progress import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from snapcore.extents import Extents
+    from snapcore.progress import Progress, ProgressCallback
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 repository_option = click.option(
@@ -27,6 +32,8 @@ repository_option = click.option(
 
 def print_json(value: object) -> None:
     """One line of JSON on standard output."""
+    import msgspec
+
     sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
 
 
@@ -89,6 +96,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: froz
 
 def read_changed(path: str) -> list[tuple[int, int]]:
     """Extents from a file: {"extents": [[offset, length], …]} as `diff --json` prints, or the list alone."""
+    import msgspec
+
     try:
         with click.open_file(path, "rb") as file:
             found = msgspec.json.decode(file.read())
