@@ -1,19 +1,25 @@
 """Runs of bytes: the one currency that all parts trade in.
 
 Extents are an int64 array of shape (n, 2): offset and length in bytes, sorted by offset, not overlapping,
-no empty ones; `merged` ones do not touch either. This file relies on numpy alone.
+no empty ones; `merged` ones do not touch either. This file relies on numpy alone, and imports it when extents are made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from snapcore.errors import UsageError
+from snapcore.later import Later
 
-Extents = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Extents = npt.NDArray[np.int64]
+else:
+    np = Later("numpy")
+    Extents = "int64 array of shape (n, 2)"
 
 
 def empty() -> Extents:

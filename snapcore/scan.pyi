@@ -1,4 +1,6 @@
-"""Zero blocks and differing blocks of memory, and the safe way to touch mapped memory before a scan."""
+"""Zero blocks and differing blocks of memory and of files, and the safe way to touch mapped memory before a scan."""
+
+from array import array
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +41,52 @@ def nonzero_extents(data: Buffer, block_bytes: int, offset: int = 0) -> npt.NDAr
 
 def differing_extents(a: Buffer, b: Buffer, block_bytes: int, offset: int = 0) -> npt.NDArray[np.int64]:
     """Runs of blocks in which two buffers of one length differ, in the shape of `zero_extents`."""
+
+class FileFailure(Exception):  # noqa: N818
+    """A file could not be read.
+
+    Attributes
+    ----------
+    which : int
+        0 or 1: the first or the second of two files.
+    offset : int
+        Where, in bytes.
+    code : int
+        errno; 0 where the file ends there.
+    """
+
+    which: int
+    offset: int
+    code: int
+    def __init__(self, which: int, offset: int, code: int) -> None: ...
+
+def differing_in_files(
+    a: int, b: int, offset: int, size_bytes: int, block_bytes: int, space: Buffer
+) -> tuple[array[int], int]:
+    """Runs of blocks in which a range of two open files differs. Holes are zeros, and not read.
+
+    Parameters
+    ----------
+    a, b : int
+        File descriptors.
+    offset, size_bytes : int
+        The range, from a block's border on. Both files reach to its end.
+    block_bytes : int
+        A power of two from 512 on. The last block may be short.
+    space : writable contiguous bytes-like object
+        Memory for a window of each file, two blocks or more. What the second-level cache holds is fastest.
+
+    Returns
+    -------
+    rows : array of int64
+        Offset and length, offset and length, …: in bytes, merged and sorted.
+    data_bytes : int
+        How much was no hole in both files.
+
+    Raises
+    ------
+    FileFailure
+    """
 
 def populate(mapped: Buffer, offset: int, size_bytes: int) -> bool:
     """Bring a range of a mapped file into memory, with an error where a touch would be a signal.

@@ -67,6 +67,12 @@ def differing_extents(a: bytes, b: bytes, block_bytes: int, offset: int = 0) -> 
     return extents(differing_mask(a, b, block_bytes), 1, block_bytes, len(a), offset)
 
 
+def differing_in_files(a: bytes, b: bytes, offset: int, size_bytes: int, block_bytes: int) -> list[list[int]]:
+    """Runs of blocks in which a range of two files differs, whose bytes these are."""
+    stop = offset + size_bytes
+    return differing_extents(a[offset:stop], b[offset:stop], block_bytes, offset)
+
+
 def _rotate_left(value: int, bits: int) -> int:
     return (value << bits | value >> (64 - bits)) & _MASK
 

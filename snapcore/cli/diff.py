@@ -14,11 +14,12 @@ from snapcore.cli import output
 @output.json_option
 def diff(a: str, b: str, block: int, as_json: bool) -> None:
     """Print where the images A and B differ: offset and length in bytes, a line each."""
-    from snapcore.source.compare import diff_images
+    from snapcore.cli import difference
+    from snapcore.source.compare import differing_rows
 
     with output.bar() as progress:
-        rows = diff_images(a, b, block_bytes=block, progress=progress)
+        rows = differing_rows(a, b, block_bytes=block, progress=progress)
     if as_json:
-        output.print_json({"extents": output.extents_json(rows)})
-        return
-    output.print_extents(rows)
+        output.print_json({"extents": list(zip(rows[::2], rows[1::2], strict=True))})
+    else:
+        difference.show(rows)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,44 @@ def test_output_into_a_closed_pipe_ends_quietly(taken: list[dict[str, Any]], tmp
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_difference_is_printed_alike_with_options_and_without(run: Run, image: Path, tmp_path: Path) -> None:
+    content = bytearray(image.read_bytes())
+    content[5000] ^= 1
+    content[-1] ^= 1
+    (tmp_path / "other.img").write_bytes(content)
+    rows = [[4096, 4096], [len(content) - 4096, 4096]]
+    for options in ([], ["--block", "4K"], ["--block=4096"]):
+        code, out, err = run("diff", str(image), "other.img", *options)
+        assert (code, out, err) == (0, "".join(f"{offset} {length}\n" for offset, length in rows), "")
+    code, out, err = run("diff", str(image), "other.img", "--json")
+    assert (code, json.loads(out), err) == (0, {"extents": rows}, "")
+
+
+@pytest.mark.parametrize(("words", "spared"), [("--version", "numpy msgspec rich"), ("diff a b", "numpy click rich")])
+def test_a_short_command_does_not_wait_for_libraries_that_it_does_not_use(
+    words: str, spared: str, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"same")
+    script = f"""
+        import atexit, sys
+        from snapcore.cli import main
+
+        sys.argv = "snapcore {words}".split()
+        atexit.register(lambda: print("imported:", sorted(set("{spared}".split()) & set(sys.modules))))
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("imported: []\n")
 
 
 def test_the_demo_shows_the_main_job(run: Run, image: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +130,112 @@ def test_buffers_of_different_length_are_refused() -> None:
     for kernel in (scan.differing_mask, scan.differing_extents):
         with pytest.raises(ValueError, match="differ in length: 1024 and 1023 bytes"):
             kernel(bytes(1024), bytes(1023), 512)
+
+
+@contextmanager
+def _sparse_file(data: bytes, kept: set[int]) -> Iterator[int]:
+    """A file with these bytes. Pages of zeros are holes but for those that are kept."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(len(data))
+        for number, page in enumerate(reference.blocks(data, PAGE_BYTES)):
+            if any(page) or number in kept:
+                os.pwrite(file.fileno(), page, number * PAGE_BYTES)
+        yield file.fileno()
+
+
+def _holed(data: bytes, holes: set[int]) -> bytes:
+    """The bytes with pages of zeros put in."""
+    return b"".join(
+        bytes(len(page)) if number in holes else page for number, page in enumerate(reference.blocks(data, PAGE_BYTES))
+    )
+
+
+_pages = st.sets(st.integers(0, 16))
+
+
+@given(
+    pairs(16 * PAGE_BYTES + 100),
+    st.tuples(_pages, _pages),
+    st.tuples(_pages, _pages),
+    block_sizes,
+    st.integers(0, 20),
+    st.integers(0, 17 * PAGE_BYTES),
+    st.integers(1, 4),
+)
+def test_files_differ_where_their_bytes_do(
+    pair: tuple[bytes, bytes],
+    holes: tuple[set[int], set[int]],
+    kept: tuple[set[int], set[int]],
+    block_bytes: int,
+    first: int,
+    longest_bytes: int,
+    window_blocks: int,
+) -> None:
+    a, b = (_holed(data, which) for data, which in zip(pair, holes, strict=True))
+    offset = min(first, len(a) // block_bytes) * block_bytes
+    size_bytes = min(longest_bytes, len(a) - offset)
+    space = bytearray(2 * window_blocks * block_bytes + 100)
+    with _sparse_file(a, kept[0]) as file_a, _sparse_file(b, kept[1]) as file_b:
+        rows, data_bytes = scan.differing_in_files(file_a, file_b, offset, size_bytes, block_bytes, space)
+    found = [list(row) for row in zip(rows[::2], rows[1::2], strict=True)]
+    assert found == reference.differing_in_files(a, b, offset, size_bytes, block_bytes)
+    assert sum(rows[1::2]) <= data_bytes <= size_bytes
+
+
+def test_what_is_a_hole_in_both_files_is_not_read() -> None:
+    with tempfile.TemporaryFile() as a, tempfile.TemporaryFile() as b:
+        for file, place in ((a, 1 << 30), (b, 1 << 31)):
+            file.truncate(1 << 32)
+            os.pwrite(file.fileno(), b"x", place)
+        rows, data_bytes = scan.differing_in_files(a.fileno(), b.fileno(), 0, 1 << 32, PAGE_BYTES, bytearray(1 << 20))
+    assert rows.tolist() == [1 << 30, PAGE_BYTES, 1 << 31, PAGE_BYTES]
+    assert data_bytes == 2 * PAGE_BYTES
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_ends_early_is_named_with_its_end(which: int) -> None:
+    with tempfile.TemporaryFile() as long, tempfile.TemporaryFile() as short:
+        long.write(b"x" * 8 * PAGE_BYTES)
+        short.write(b"x" * (5 * PAGE_BYTES + 7))
+        long.flush()
+        short.flush()
+        files = (long.fileno(), short.fileno()) if which else (short.fileno(), long.fileno())
+        with pytest.raises(scan.FileFailure) as failed:
+            scan.differing_in_files(*files, PAGE_BYTES, 7 * PAGE_BYTES, PAGE_BYTES, bytearray(4 * PAGE_BYTES))
+    assert (failed.value.which, failed.value.offset, failed.value.code) == (which, 5 * PAGE_BYTES + 7, 0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_cannot_be_read_is_named_with_the_place_and_the_reason(which: int) -> None:
+    with tempfile.TemporaryFile() as good, tempfile.TemporaryFile() as other:
+        good.write(b"x" * PAGE_BYTES)
+        good.flush()
+        unreadable = os.open(f"/dev/fd/{other.fileno()}", os.O_WRONLY)
+        os.ftruncate(unreadable, PAGE_BYTES)
+        os.pwrite(unreadable, b"x" * PAGE_BYTES, 0)
+        files = (good.fileno(), unreadable) if which else (unreadable, good.fileno())
+        with pytest.raises(scan.FileFailure) as failed:
+            scan.differing_in_files(*files, 0, PAGE_BYTES, PAGE_BYTES, bytearray(2 * PAGE_BYTES))
+        os.close(unreadable)
+        with pytest.raises(scan.FileFailure) as closed:
+            scan.differing_in_files(good.fileno(), unreadable, 0, PAGE_BYTES, PAGE_BYTES, bytearray(2 * PAGE_BYTES))
+    assert (failed.value.which, failed.value.offset, failed.value.code) == (which, 0, errno.EBADF)
+    assert (closed.value.which, closed.value.offset, closed.value.code) == (1, 0, errno.EBADF)
+
+
+def test_files_are_compared_in_whole_blocks_with_space_for_them() -> None:
+    with tempfile.TemporaryFile() as file:
+        one = file.fileno()
+        assert scan.differing_in_files(one, one, 0, 0, 512, bytearray(1024)) == (array("q"), 0)
+        for offset, size_bytes in [(-512, 512), (100, 512), (0, -1), (2**63 - 512, 512), (512, 2**63 - 1)]:
+            with pytest.raises(ValueError, match="no blocks of 512"):
+                scan.differing_in_files(one, one, offset, size_bytes, 512, bytearray(1024))
+        with pytest.raises(ValueError, match="too small for two blocks"):
+            scan.differing_in_files(one, one, 0, 512, 512, bytearray(1023))
+        with pytest.raises(ValueError, match="power of two"):
+            scan.differing_in_files(one, one, 0, 512, 1000, bytearray(4096))
+        with pytest.raises((BufferError, ValueError)):
+            scan.differing_in_files(one, one, 0, 512, 512, bytes(4096))
 
 
 def _mapped(path: Path, size_bytes: int) -> mmap.mmap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapcore import NotFoundError, Progress, Repository, SourceChangedError, UsageError, diff_images
+from snapcore import NotFoundError, Progress, ReadError, Repository, SourceChangedError, UsageError, diff_images, scan
 from snapcore.source import compare, raw
 from snapcore.store import MemoryStore
 from tests.support.sparse import extents_of
@@ -200,6 +201,32 @@ def test_an_image_that_is_written_meanwhile_is_an_error(
 
     with pytest.raises(SourceChangedError, match=str(tmp_path / which)):
         diff_images(str(tmp_path / "a"), str(tmp_path / "b"), progress=write)
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_an_image_that_is_truncated_meanwhile_is_an_error_that_says_where(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(raw, "_clone", lambda path, descriptor: None)
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"x" * 10_000)
+    with pytest.raises(SourceChangedError, match=f"{which} ends at byte 5000 and had 10000 bytes"):
+        diff_images(
+            str(tmp_path / "a"), str(tmp_path / "b"), progress=lambda progress: os.truncate(tmp_path / which, 5000)
+        )
+
+
+def test_a_medium_that_fails_is_an_error_that_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"x" * 10_000)
+
+    def fail(*arguments: object) -> None:
+        raise scan.FileFailure(1, 8192, errno.EIO)
+
+    monkeypatch.setattr(scan, "differing_in_files", fail)
+    with pytest.raises(ReadError, match="cannot read 1808 bytes at offset 8192") as failed:
+        diff_images(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (failed.value.path, failed.value.errno) == (str(tmp_path / "b"), errno.EIO)
 
 
 def test_progress_ends_at_the_whole_and_holes_are_no_work(tmp_path: Path) -> None:
