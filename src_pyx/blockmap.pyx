@@ -1,0 +1,1283 @@
+"""The pool's trees: radix trees of 1-KiB pages of which a share is a reference and a change copies a path.
+
+Layout and rules: docs/FORMAT.md ("Slot") and docs/DESIGN.md ("The pool"). Pages lie in slots of the map file and are
+read into sheets of sixteen slots by pread, checked once, and never mapped from the file. A page of the current
+generation is in no checkpoint and changes in place while no neighbour shares it; any other is copied to a new slot.
+Free functions hold the work, under `Pages.lock`; the class is for Python, which never holds the lock.
+"""
+
+from libc.errno cimport EINTR, EINVAL, ENOSPC, ENOSYS, EOPNOTSUPP, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
+from libc.string cimport memcpy, memset
+from posix.types cimport off_t
+from posix.unistd cimport pread
+
+import numpy as np
+
+from snapcore.digest cimport xxh64_of
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #if defined(__linux__)
+    static int snapcore_reserve(int descriptor, off_t offset, off_t length) {
+        return fallocate(descriptor, 0, offset, length) == 0 ? 0 : errno;
+    }
+    #else
+    static int snapcore_reserve(int descriptor, off_t offset, off_t length) { return 0; }
+    #endif
+    """
+    int snapcore_reserve(int descriptor, off_t offset, off_t length) noexcept nogil
+
+cdef uint64_t SLOT_MASK = (<uint64_t> 1 << 48) - 1
+cdef uint64_t GENERATION_MASK = (<uint64_t> 1 << 56) - 1
+cdef uint64_t BLOCK_LIMIT = <uint64_t> 1 << 40
+cdef uint64_t MAX_POSITIONS = <uint64_t> 1 << 35
+# The map file grows by about a MiB.
+cdef uint64_t GROWTH_SLOTS = 1024
+cdef uint64_t MAX_SLOTS = <uint64_t> 1 << 40
+cdef int MAX_RUNS = 1 << 20
+# A record of the log holds a count of 24 bits.
+cdef int MAX_FILL_LEVEL = 3
+
+cdef enum:
+    PROBLEM_PAGE = 1
+    PROBLEM_PAGE_TWICE = 2
+    PROBLEM_BLOCK_OUTSIDE = 3
+    PROBLEM_BLOCK_TWICE = 4
+cdef int SHEET_BYTES = SHEET_SLOTS * SLOT_BYTES
+
+
+# Numbers
+
+cdef int numbers_reserve(Numbers *numbers, uint64_t more) noexcept nogil:
+    cdef uint64_t capacity = numbers.capacity
+    cdef uint64_t *items
+    if numbers.count + more > capacity:
+        capacity = max(<uint64_t> 64, max(numbers.count + more, capacity * 2))
+        items = <uint64_t *> realloc(numbers.items, capacity * sizeof(uint64_t))
+        if items == NULL:
+            return NO_MEMORY
+        numbers.items = items
+        numbers.capacity = capacity
+    return 0
+
+
+cdef int numbers_add(Numbers *numbers, uint64_t value) noexcept nogil:
+    if numbers_reserve(numbers, 1) < 0:
+        return NO_MEMORY
+    numbers.items[numbers.count] = value
+    numbers.count += 1
+    return 0
+
+
+cdef int numbers_move(Numbers *target, Numbers *source) noexcept nogil:
+    if source.count == 0:
+        return 0
+    if numbers_reserve(target, source.count) < 0:
+        return NO_MEMORY
+    memcpy(target.items + target.count, source.items, source.count * sizeof(uint64_t))
+    target.count += source.count
+    source.count = 0
+    return 0
+
+
+cdef void numbers_free(Numbers *numbers) noexcept nogil:
+    free(numbers.items)
+    memset(numbers, 0, sizeof(Numbers))
+
+
+# Slots
+
+cdef int _fail(Pages *pages, int result, int code, uint64_t slot) noexcept nogil:
+    pages.failure = result
+    pages.code = code
+    pages.slot = slot
+    return result
+
+
+cdef int _grow(Pages *pages, uint64_t slots) noexcept nogil:
+    """Room for this many slots in the bitmap and the table of sheets."""
+    cdef uint64_t words_before = (pages.slots + 63) // 64
+    cdef uint64_t words = (slots + 63) // 64
+    cdef uint64_t sheets = (slots + SHEET_SLOTS - 1) // SHEET_SLOTS
+    cdef uint64_t *used
+    cdef Sheet *table
+    if words > words_before:
+        used = <uint64_t *> realloc(pages.used, words * 8)
+        if used == NULL:
+            return _fail(pages, NO_MEMORY, 0, slots)
+        memset(used + words_before, 0, (words - words_before) * 8)
+        pages.used = used
+    if sheets > pages.sheet_count:
+        table = <Sheet *> realloc(pages.sheets, sheets * sizeof(Sheet))
+        if table == NULL:
+            return _fail(pages, NO_MEMORY, 0, slots)
+        memset(table + pages.sheet_count, 0, (sheets - pages.sheet_count) * sizeof(Sheet))
+        pages.sheets = table
+        pages.sheet_count = sheets
+    pages.free_slots += slots - pages.slots
+    pages.slots = slots
+    return 0
+
+
+cdef int _reserve(Pages *pages, uint64_t count) noexcept nogil:
+    """At least `count` free slots that the host has space for."""
+    cdef uint64_t slots
+    cdef int code
+    while pages.free_slots < count:
+        slots = pages.slots + GROWTH_SLOTS
+        if slots > MAX_SLOTS:
+            return _fail(pages, NO_SPACE, ENOSPC, pages.slots)
+        code = snapcore_reserve(
+            pages.descriptor, <off_t> (pages.slots * SLOT_BYTES), <off_t> (GROWTH_SLOTS * SLOT_BYTES)
+        )
+        if code == EINTR:
+            continue
+        if code not in (0, EOPNOTSUPP, ENOSYS, EINVAL):
+            return _fail(pages, NO_SPACE, code, pages.slots)
+        code = _grow(pages, slots)
+        if code < 0:
+            return code
+    return 0
+
+
+cdef uint64_t _take_slot(Pages *pages) noexcept nogil:
+    """A free slot, which `_reserve` has seen to: the next one behind the last."""
+    cdef uint64_t at = pages.next_slot
+    cdef uint64_t word
+    cdef uint64_t left = pages.slots + 64
+    while True:
+        if at >= pages.slots:
+            at = 2
+        word = ~pages.used[at >> 6] >> (at & 63)
+        if word & 1:
+            break
+        if word == 0:
+            at = (at | 63) + 1
+        else:
+            at += _trailing_zeros(word)
+            if at < pages.slots:
+                break
+        if left < 64:
+            return 0
+        left -= 64
+    pages.used[at >> 6] |= <uint64_t> 1 << (at & 63)
+    pages.free_slots -= 1
+    pages.next_slot = at + 1
+    return at
+
+
+cdef extern from *:
+    int __builtin_ctzll(unsigned long long value) noexcept nogil
+
+
+cdef inline uint64_t _trailing_zeros(uint64_t word) noexcept nogil:
+    return __builtin_ctzll(word)
+
+
+cdef void _give_slot(Pages *pages, uint64_t slot) noexcept nogil:
+    cdef Sheet *sheet = &pages.sheets[slot // SHEET_SLOTS]
+    cdef uint16_t bit = <uint16_t> (1 << (slot % SHEET_SLOTS))
+    pages.used[slot >> 6] &= ~(<uint64_t> 1 << (slot & 63))
+    pages.free_slots += 1
+    sheet.checked &= ~bit
+    sheet.dirty &= ~bit
+
+
+# Sheets and pages
+
+cdef int _load_sheet(Pages *pages, uint64_t number) noexcept nogil:
+    cdef Sheet *sheet = &pages.sheets[number]
+    cdef int got = 0
+    cdef ssize_t part
+    cdef uint8_t *data = <uint8_t *> malloc(SHEET_BYTES)
+    if data == NULL:
+        return _fail(pages, NO_MEMORY, 0, number * SHEET_SLOTS)
+    while got < SHEET_BYTES:
+        part = pread(pages.descriptor, data + got, SHEET_BYTES - got, <off_t> (number * SHEET_BYTES + got))
+        if part < 0:
+            if errno == EINTR:
+                continue
+            free(data)
+            return _fail(pages, READ_FAILED, errno, number * SHEET_SLOTS)
+        if part == 0:
+            break
+        got += <int> part
+    memset(data + got, 0, SHEET_BYTES - got)
+    sheet.bytes = data
+    sheet.checked = 0
+    sheet.touched = 1
+    pages.resident += 1
+    return 0
+
+
+cdef uint64_t _checksum(Pages *pages, const uint8_t *slot_bytes, uint64_t slot) noexcept nogil:
+    return xxh64_of(slot_bytes + 8, SLOT_BYTES - 8, pages.seed + slot)
+
+
+cdef uint64_t *_load_page(Pages *pages, uint64_t ref, int kind) noexcept nogil:
+    """Read and check a page that is not in memory or not checked yet."""
+    cdef uint64_t slot = ref & SLOT_MASK
+    cdef Sheet *sheet = &pages.sheets[slot // SHEET_SLOTS]
+    cdef uint16_t bit = <uint16_t> (1 << (slot % SHEET_SLOTS))
+    cdef uint64_t *words
+    if sheet.bytes == NULL and _load_sheet(pages, slot // SHEET_SLOTS) < 0:
+        return NULL
+    words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
+    if (
+        not pages.used[slot >> 6] >> (slot & 63) & 1
+        or words[0] != _checksum(pages, <const uint8_t *> words, slot)
+        or (words[1] ^ (ref >> 48)) & 0xFFFF
+        or words[1] >> 56 != <uint64_t> kind
+    ):
+        _fail(pages, DAMAGED, 0, slot)
+        return NULL
+    sheet.checked |= bit
+    return words + 2
+
+
+cdef uint64_t *page_at(Pages *pages, uint64_t ref, int kind) noexcept nogil:
+    cdef uint64_t slot = ref & SLOT_MASK
+    cdef Sheet *sheet
+    cdef uint64_t *words
+    if slot < 2 or slot >= pages.slots:
+        _fail(pages, DAMAGED, 0, slot)
+        return NULL
+    sheet = &pages.sheets[slot // SHEET_SLOTS]
+    if sheet.bytes == NULL or not sheet.checked >> (slot % SHEET_SLOTS) & 1:
+        return _load_page(pages, ref, kind)
+    sheet.touched = 1
+    words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
+    if words[1] >> 56 != <uint64_t> kind or (words[1] ^ (ref >> 48)) & 0xFFFF:
+        _fail(pages, DAMAGED, 0, slot)
+        return NULL
+    return words + 2
+
+
+cdef inline bint _is_current(Pages *pages, const uint64_t *entries) noexcept nogil:
+    return (entries - 1)[0] & GENERATION_MASK == pages.generation
+
+
+cdef uint64_t page_new(Pages *pages, int kind, uint64_t **entries) noexcept nogil:
+    cdef uint64_t slot
+    cdef Sheet *sheet
+    cdef uint64_t *words
+    cdef uint16_t bit
+    if _reserve(pages, 1) < 0:
+        return 0
+    slot = _take_slot(pages)
+    if slot == 0:
+        _fail(pages, NO_SPACE, ENOSPC, pages.slots)
+        return 0
+    sheet = &pages.sheets[slot // SHEET_SLOTS]
+    bit = <uint16_t> (1 << (slot % SHEET_SLOTS))
+    if sheet.bytes == NULL and _load_sheet(pages, slot // SHEET_SLOTS) < 0:
+        _give_slot(pages, slot)
+        return 0
+    sheet.checked |= bit
+    sheet.dirty |= bit
+    sheet.touched = 1
+    words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
+    words[0] = 0
+    words[1] = pages.generation | <uint64_t> kind << 56
+    entries[0] = words + 2
+    return slot | (pages.generation & 0xFFFF) << 48
+
+
+cdef void page_free(Pages *pages, uint64_t ref) noexcept nogil:
+    cdef uint64_t slot = ref & SLOT_MASK
+    cdef Sheet *sheet = &pages.sheets[slot // SHEET_SLOTS]
+    cdef uint64_t *words
+    if sheet.bytes != NULL and sheet.checked >> (slot % SHEET_SLOTS) & 1:
+        words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
+        if words[1] & GENERATION_MASK == pages.generation:
+            _give_slot(pages, slot)
+            return
+    # Without memory for the list the slot stays used until the pool is checked: lost, never given twice.
+    numbers_add(&pages.condemned, slot)
+
+
+cdef void pages_trim(Pages *pages) noexcept nogil:
+    # A few at a time: when most of what is over the limit is dirty, looking at all would cost more than it frees.
+    cdef int left = 64
+    cdef Sheet *sheet
+    while pages.resident > pages.limit and left:
+        left -= 1
+        if pages.hand >= pages.sheet_count:
+            pages.hand = 0
+        sheet = &pages.sheets[pages.hand]
+        pages.hand += 1
+        if sheet.bytes == NULL or sheet.dirty:
+            continue
+        if sheet.touched:
+            sheet.touched = 0
+            continue
+        free(sheet.bytes)
+        sheet.bytes = NULL
+        sheet.checked = 0
+        pages.resident -= 1
+
+
+# Trees
+
+cdef inline bint _is_page(uint64_t ref) noexcept nogil:
+    return ref > ZERO
+
+
+cdef inline int _shift(int level) noexcept nogil:
+    """A position's bits below the index in a page of a level."""
+    return 7 * level
+
+
+cdef int tree_lookup(Pages *pages, uint64_t root, uint64_t first, uint32_t count, uint64_t *entries) noexcept nogil:
+    cdef uint64_t ref
+    cdef uint64_t *page
+    cdef uint32_t done = 0
+    cdef uint32_t part, i
+    cdef int level
+    while done < count:
+        part = min(count - done, <uint32_t> (FAN_OUT - ((first + done) & 127)))
+        ref = root
+        level = LEVELS - 1
+        while level >= 0 and _is_page(ref):
+            page = page_at(pages, ref, level)
+            if page == NULL:
+                return pages.failure
+            if level == 0:
+                memcpy(entries + done, page + ((first + done) & 127), part * sizeof(uint64_t))
+                break
+            ref = page[(first + done) >> _shift(level) & 127]
+            level -= 1
+        else:
+            for i in range(part):
+                entries[done + i] = ref
+        done += part
+    return 0
+
+
+cdef inline uint64_t _child(const uint64_t *page, uint64_t ref, int index) noexcept nogil:
+    """What a reference holds at an index; one that is no page holds itself everywhere."""
+    return page[index] if page != NULL else ref
+
+
+cdef int _checked(Pages *pages, int result) noexcept nogil:
+    """Note a failure to get memory."""
+    return _fail(pages, result, 0, 0) if result < 0 else 0
+
+
+cdef int tree_set(
+    Pages *pages, uint64_t *root, uint64_t parent, int level, uint64_t first, uint32_t count,
+    uint64_t entry, int step, Numbers *freed
+) noexcept nogil:
+    cdef uint64_t refs[LEVELS]
+    cdef uint64_t fresh[LEVELS]
+    cdef uint64_t *old[LEVELS]
+    cdef uint64_t *now[LEVELS]
+    cdef bint own[LEVELS]
+    cdef uint64_t *peer = NULL
+    cdef uint64_t ref = root[0]
+    cdef uint64_t other = parent
+    cdef uint64_t freed_before = freed.count
+    cdef Numbers released
+    cdef uint64_t was, beside
+    cdef uint32_t i
+    cdef int index, at
+    cdef int result = 0
+    memset(&released, 0, sizeof(released))
+    # The path as it is, and the neighbour's.
+    for at in range(LEVELS - 1, level - 1, -1):
+        index = first >> _shift(at) & 127
+        refs[at] = ref
+        own[at] = ref != other
+        old[at] = NULL
+        fresh[at] = 0
+        if _is_page(ref):
+            old[at] = page_at(pages, ref, at)
+            if old[at] == NULL:
+                return pages.failure
+        peer = NULL
+        if _is_page(other):
+            peer = old[at] if other == ref else page_at(pages, other, at)
+            if peer == NULL:
+                return pages.failure
+        if at > level:
+            ref = _child(old[at], ref, index)
+            other = _child(peer, other, index)
+    index = first >> _shift(level) & 127
+    for i in range(count):
+        if _child(old[level], ref, index + i) != entry + i * step:
+            break
+    else:
+        return 0
+    # What will be free, and the pages of the new path: all that can fail.
+    if level == 0:
+        result = _checked(pages, numbers_reserve(freed, count))
+    else:
+        for i in range(count):
+            was = _child(old[level], ref, index + i)
+            beside = _child(peer, other, index + i)
+            if _is_page(was) and was != beside:
+                result = _collect(pages, level - 1, was, &beside, 1, freed, &released)
+                if result < 0:
+                    break
+    if result == 0:
+        result = _checked(pages, numbers_reserve(&pages.condemned, released.count + LEVELS))
+    if result == 0:
+        for at in range(LEVELS - 1, level - 1, -1):
+            if old[at] != NULL and own[at] and _is_current(pages, old[at]):
+                now[at] = old[at]
+                continue
+            fresh[at] = page_new(pages, at, &now[at])
+            if fresh[at] == 0:
+                result = pages.failure
+                break
+    if result < 0:
+        for at in range(level, LEVELS):
+            if fresh[at]:
+                page_free(pages, fresh[at])
+        freed.count = freed_before
+        numbers_free(&released)
+        return result
+    for at in range(LEVELS - 1, level - 1, -1):
+        if fresh[at] == 0:
+            continue
+        if old[at] != NULL:
+            memcpy(now[at], old[at], FAN_OUT * sizeof(uint64_t))
+            if own[at]:
+                page_free(pages, refs[at])
+        else:
+            for i in range(FAN_OUT):
+                now[at][i] = refs[at]
+        if at == LEVELS - 1:
+            root[0] = fresh[at]
+        else:
+            now[at + 1][first >> _shift(at + 1) & 127] = fresh[at]
+    for i in range(count):
+        was = now[level][index + i]
+        now[level][index + i] = entry + i * step
+        if level == 0 and was > ZERO and was != entry + i * step and was != _child(peer, other, index + i):
+            freed.items[freed.count] = was
+            freed.count += 1
+    for i in range(<uint32_t> released.count):
+        page_free(pages, released.items[i])
+    numbers_free(&released)
+    return 0
+
+
+cdef int tree_fill_level(Pages *pages, uint64_t root, uint64_t first, uint64_t last) noexcept nogil:
+    cdef uint64_t ref = root
+    cdef uint64_t *page
+    cdef int at = LEVELS - 1
+    cdef uint64_t span
+    while at > 0:
+        span = <uint64_t> 1 << _shift(at)
+        if _is_page(ref):
+            page = page_at(pages, ref, at)
+            if page == NULL:
+                return pages.failure
+            ref = page[first >> _shift(at) & 127]
+        # What `ref` stands for now are the positions of one entry at level `at`.
+        if first & (span - 1) == 0 and first + span <= last and (not _is_page(ref) or at == 1) and at <= MAX_FILL_LEVEL:
+            return at
+        at -= 1
+    return 0
+
+
+cdef int tree_fill(
+    Pages *pages, uint64_t *root, uint64_t parent, uint64_t *at, uint64_t last, uint64_t entry, Numbers *freed
+) noexcept nogil:
+    cdef int level = tree_fill_level(pages, root[0], at[0], last)
+    cdef uint32_t count = 1
+    cdef int result
+    if level < 0:
+        return level
+    if level == 0:
+        count = <uint32_t> min(last - at[0], <uint64_t> FAN_OUT - (at[0] & 127))
+    result = tree_set(pages, root, parent, level, at[0], count, entry, 0, freed)
+    if result == 0:
+        at[0] += <uint64_t> count << _shift(level)
+    return result
+
+
+# What only one tree holds
+
+cdef int _collect(
+    Pages *pages, int level, uint64_t ref, const uint64_t *others, uint32_t count, Numbers *blocks, Numbers *refs
+) noexcept nogil:
+    """Blocks and pages under a page that none of `others` (at the same place) holds."""
+    cdef uint64_t *scratch = <uint64_t *> malloc((<size_t> count + 1) * 2 * LEVELS * sizeof(uint64_t))
+    cdef uint32_t i
+    cdef uint32_t left = 0
+    cdef int result
+    if scratch == NULL:
+        return _fail(pages, NO_MEMORY, 0, 0)
+    for i in range(count):
+        if others[i] == ref:
+            free(scratch)
+            return 0
+        if _is_page(others[i]):
+            scratch[left] = others[i]
+            left += 1
+    result = _collect_under(pages, level, ref, scratch, left, count + 1, blocks, refs)
+    free(scratch)
+    return result
+
+
+cdef int _collect_under(
+    Pages *pages, int level, uint64_t ref, uint64_t *others, uint32_t count, uint32_t stride,
+    Numbers *blocks, Numbers *refs
+) noexcept nogil:
+    # `others` has its references and, `stride` further, room for the pages; then the next level's.
+    cdef uint64_t *page = page_at(pages, ref, level)
+    cdef const uint64_t **peers = <const uint64_t **> (others + stride)
+    cdef uint64_t *below = others + 2 * stride
+    cdef uint64_t entry, other
+    cdef uint32_t j, left
+    cdef int i, result
+    if page == NULL:
+        return pages.failure
+    for j in range(count):
+        peers[j] = page_at(pages, others[j], level)
+        if peers[j] == NULL:
+            return pages.failure
+    if numbers_add(refs, ref) < 0:
+        return _fail(pages, NO_MEMORY, 0, 0)
+    if level == 0 and numbers_reserve(blocks, FAN_OUT) < 0:
+        return _fail(pages, NO_MEMORY, 0, 0)
+    for i in range(FAN_OUT):
+        entry = page[i]
+        if entry <= ZERO:
+            continue
+        left = 0
+        for j in range(count):
+            other = peers[j][i]
+            if other == entry:
+                break
+            if level and _is_page(other) and (left == 0 or below[left - 1] != other):
+                below[left] = other
+                left += 1
+        else:
+            if level == 0:
+                blocks.items[blocks.count] = entry
+                blocks.count += 1
+            else:
+                result = _collect_under(pages, level - 1, entry, below, left, stride, blocks, refs)
+                if result < 0:
+                    return result
+    return 0
+
+
+# Walks that tell what is where
+
+cdef bint _continues(const int64_t *item, uint64_t start, uint64_t entry, int width) noexcept nogil:
+    if <uint64_t> (item[0] + item[1]) != start:
+        return False
+    if width == 2:
+        return True
+    if entry <= ZERO:
+        return <uint64_t> item[2] == entry
+    return item[2] > ZERO and <uint64_t> (item[2] + item[1]) == entry
+
+
+cdef int _add_run(Runs *runs, uint64_t position, uint64_t count, uint64_t entry) noexcept nogil:
+    """Add a run clipped to the range; 1 when there is no room, and `resume` says where to go on."""
+    cdef uint64_t end = min(position + count, runs.last)
+    cdef uint64_t start = max(position, runs.first)
+    cdef int64_t *item
+    if start >= end:
+        return 0
+    if entry > ZERO:
+        entry += start - position
+    if runs.count:
+        item = runs.items + (runs.count - 1) * runs.width
+        if _continues(item, start, entry, runs.width):
+            item[1] += end - start
+            return 0
+    if runs.count == runs.limit:
+        runs.resume = start
+        return 1
+    item = runs.items + runs.count * runs.width
+    item[0] = start
+    item[1] = end - start
+    if runs.width == 3:
+        item[2] = entry
+    runs.count += 1
+    return 0
+
+
+cdef int _walk_difference(Pages *pages, int level, uint64_t a, uint64_t b, uint64_t base, Runs *runs) noexcept nogil:
+    cdef uint64_t *page_a = NULL
+    cdef uint64_t *page_b = NULL
+    cdef uint64_t span = <uint64_t> 1 << _shift(level)
+    cdef uint64_t at, one, two
+    cdef int result
+    cdef int i = 0
+    if a == b or base >= runs.last:
+        return 0
+    if _is_page(a):
+        page_a = page_at(pages, a, level)
+        if page_a == NULL:
+            return pages.failure
+    if _is_page(b):
+        page_b = page_at(pages, b, level)
+        if page_b == NULL:
+            return pages.failure
+    if page_a == NULL and page_b == NULL:
+        return _add_run(runs, base, span * FAN_OUT, ABSENT)
+    if runs.first > base:
+        i = <int> min(<uint64_t> FAN_OUT, (runs.first - base) >> _shift(level))
+    while i < FAN_OUT:
+        at = base + i * span
+        if at >= runs.last:
+            break
+        one = _child(page_a, a, i)
+        two = _child(page_b, b, i)
+        if one != two:
+            if level == 0 or (not _is_page(one) and not _is_page(two)):
+                result = _add_run(runs, at, span, ABSENT)
+            else:
+                result = _walk_difference(pages, level - 1, one, two, at, runs)
+            if result:
+                return result
+        i += 1
+    return 0
+
+
+cdef int _walk_runs(Pages *pages, int level, uint64_t ref, uint64_t base, Runs *runs) noexcept nogil:
+    cdef uint64_t *page
+    cdef uint64_t span = <uint64_t> 1 << _shift(level)
+    cdef uint64_t at
+    cdef int result
+    cdef int i = 0
+    if ref == ABSENT or base >= runs.last:
+        return 0
+    if ref == ZERO:
+        return _add_run(runs, base, span * FAN_OUT, ZERO)
+    page = page_at(pages, ref, level)
+    if page == NULL:
+        return pages.failure
+    if runs.first > base:
+        i = <int> min(<uint64_t> FAN_OUT, (runs.first - base) >> _shift(level))
+    while i < FAN_OUT:
+        at = base + i * span
+        if at >= runs.last:
+            break
+        if page[i] == ABSENT:
+            result = 0
+        elif level == 0 or page[i] == ZERO:
+            result = _add_run(runs, at, span, page[i])
+        else:
+            result = _walk_runs(pages, level - 1, page[i], at, runs)
+        if result:
+            return result
+        i += 1
+    return 0
+
+
+cdef struct Tally:
+    uint64_t blocks
+    uint64_t other_blocks
+    uint64_t pages
+
+
+cdef int _walk_tally(Pages *pages, int level, uint64_t ref, uint64_t other, Tally *tally) noexcept nogil:
+    """Blocks of two trees and pages of the first, without the pages that they share."""
+    cdef uint64_t *page = NULL
+    cdef uint64_t *peer = NULL
+    cdef uint64_t one, two
+    cdef int i, result
+    if _is_page(ref):
+        page = page_at(pages, ref, level)
+        if page == NULL:
+            return pages.failure
+        tally.pages += 1
+    if _is_page(other):
+        peer = page_at(pages, other, level)
+        if peer == NULL:
+            return pages.failure
+    if page == NULL and peer == NULL:
+        return 0
+    for i in range(FAN_OUT):
+        one = _child(page, ref, i)
+        two = _child(peer, other, i)
+        if level == 0:
+            tally.blocks += one > ZERO
+            tally.other_blocks += two > ZERO
+        elif one != two and (_is_page(one) or _is_page(two)):
+            result = _walk_tally(pages, level - 1, one, two, tally)
+            if result < 0:
+                return result
+    return 0
+
+
+# Pruning
+
+cdef int _prune(
+    Pages *pages, int level, uint64_t ref, uint64_t *others, uint32_t count, uint32_t stride,
+    Numbers *made, uint64_t *result
+) noexcept nogil:
+    """What of `ref` the others hold at the same place: `ref` itself, ABSENT, or a new page."""
+    cdef uint64_t kept[FAN_OUT]
+    cdef uint64_t *page = page_at(pages, ref, level)
+    cdef const uint64_t **peers = <const uint64_t **> (others + stride)
+    cdef uint64_t *below = others + 2 * stride
+    cdef uint64_t entry, other
+    cdef uint64_t *entries
+    cdef uint32_t j, left
+    cdef bint any_kept = False
+    cdef bint all_kept = True
+    cdef int i, code
+    if page == NULL:
+        return pages.failure
+    for j in range(count):
+        peers[j] = page_at(pages, others[j], level)
+        if peers[j] == NULL:
+            return pages.failure
+    for i in range(FAN_OUT):
+        entry = page[i]
+        kept[i] = ABSENT
+        if entry <= ZERO:
+            all_kept = all_kept and entry == ABSENT
+            continue
+        left = 0
+        for j in range(count):
+            other = peers[j][i]
+            if other == entry:
+                kept[i] = entry
+                break
+            if level and _is_page(other) and (left == 0 or below[left - 1] != other):
+                below[left] = other
+                left += 1
+        else:
+            if level and left:
+                code = _prune(pages, level - 1, entry, below, left, stride, made, &kept[i])
+                if code < 0:
+                    return code
+        any_kept = any_kept or kept[i] != ABSENT
+        all_kept = all_kept and kept[i] == entry
+    if all_kept:
+        result[0] = ref
+        return 0
+    result[0] = ABSENT
+    if not any_kept:
+        return 0
+    if numbers_reserve(made, 1) < 0:
+        return _fail(pages, NO_MEMORY, 0, 0)
+    result[0] = page_new(pages, level, &entries)
+    if result[0] == 0:
+        return pages.failure
+    numbers_add(made, result[0])
+    memcpy(entries, kept, sizeof(kept))
+    return 0
+
+
+# Checking
+
+cdef struct Marks:
+    uint64_t *slots
+    uint64_t *blocks
+    uint32_t *owners
+    uint64_t block_limit
+    int64_t *problems
+    uint64_t problem_count
+    uint64_t problem_limit
+
+
+cdef void _problem(Marks *marks, int kind, uint64_t position, uint64_t ref) noexcept nogil:
+    cdef int64_t *item
+    if marks.problem_count < marks.problem_limit:
+        item = marks.problems + 3 * marks.problem_count
+        item[0] = kind
+        item[1] = position
+        item[2] = ref
+    marks.problem_count += 1
+
+
+cdef inline uint32_t _mix(uint64_t key, uint32_t family) noexcept nogil:
+    return <uint32_t> ((key * 0x9E3779B97F4A7C15ULL + family * 0xC2B2AE3D27D4EB4FULL) >> 32)
+
+
+cdef void _mark(Pages *pages, int level, uint64_t ref, uint64_t base, uint32_t family, Marks *marks) noexcept nogil:
+    cdef uint64_t slot = ref & SLOT_MASK
+    cdef uint64_t span = <uint64_t> 1 << _shift(level)
+    cdef uint64_t *page = page_at(pages, ref, level)
+    cdef uint64_t entry, position
+    cdef uint32_t owner
+    cdef int i
+    if page == NULL:
+        _problem(marks, PROBLEM_PAGE, base, slot)
+        return
+    owner = _mix((base >> _shift(level)) * 8 + level + 1, family)
+    # The owners of slots lie behind those of blocks.
+    if marks.slots[slot >> 6] >> (slot & 63) & 1:
+        if marks.owners[marks.block_limit + slot] != owner:
+            _problem(marks, PROBLEM_PAGE_TWICE, base, slot)
+        return
+    marks.slots[slot >> 6] |= <uint64_t> 1 << (slot & 63)
+    marks.owners[marks.block_limit + slot] = owner
+    for i in range(FAN_OUT):
+        entry = page[i]
+        position = base + i * span
+        if entry <= ZERO:
+            continue
+        if level:
+            _mark(pages, level - 1, entry, position, family, marks)
+        elif entry >= marks.block_limit:
+            _problem(marks, PROBLEM_BLOCK_OUTSIDE, position, entry)
+        else:
+            owner = _mix(position * 8, family)
+            if not marks.blocks[entry >> 6] >> (entry & 63) & 1:
+                marks.blocks[entry >> 6] |= <uint64_t> 1 << (entry & 63)
+                marks.owners[entry] = owner
+            elif marks.owners[entry] != owner:
+                _problem(marks, PROBLEM_BLOCK_TWICE, position, entry)
+
+
+# Checkpoints
+
+cdef int pages_used(Pages *pages, Numbers *words) noexcept nogil:
+    cdef uint64_t count = (pages.slots + 63) // 64
+    cdef uint64_t i, slot
+    if numbers_reserve(words, count) < 0:
+        return _fail(pages, NO_MEMORY, 0, 0)
+    memcpy(words.items, pages.used, count * 8)
+    words.count = count
+    for i in range(pages.condemned.count):
+        slot = pages.condemned.items[i]
+        words.items[slot >> 6] &= ~(<uint64_t> 1 << (slot & 63))
+    for i in range(pages.condemned_before.count):
+        slot = pages.condemned_before.items[i]
+        words.items[slot >> 6] &= ~(<uint64_t> 1 << (slot & 63))
+    return 0
+
+
+cdef int pages_dirty(Pages *pages, Numbers *slots) noexcept nogil:
+    cdef uint64_t number
+    cdef int i
+    for number in range(pages.sheet_count):
+        if pages.sheets[number].dirty:
+            for i in range(SHEET_SLOTS):
+                if pages.sheets[number].dirty >> i & 1:
+                    if numbers_add(slots, number * SHEET_SLOTS + i) < 0:
+                        return _fail(pages, NO_MEMORY, 0, 0)
+    return 0
+
+
+cdef int pages_freeze(Pages *pages) noexcept nogil:
+    if numbers_move(&pages.condemned_before, &pages.condemned) < 0:
+        return _fail(pages, NO_MEMORY, 0, 0)
+    pages.generation += 1
+    return 0
+
+
+cdef void _release(Pages *pages) noexcept nogil:
+    cdef uint64_t i
+    for i in range(pages.condemned_before.count):
+        _give_slot(pages, pages.condemned_before.items[i])
+    pages.condemned_before.count = 0
+
+
+# Python
+
+class Failure(Exception):  # noqa: N818
+    def __init__(self, result, code, slot):
+        super().__init__(f"result {result}, errno {code}, slot {slot}")
+        self.result = result
+        self.code = code
+        self.slot = slot
+
+
+cdef numbers_array(Numbers *numbers):
+    out = np.empty(numbers.count, dtype=np.uint64)
+    cdef uint64_t[::1] view = out
+    if numbers.count:
+        memcpy(&view[0], numbers.items, numbers.count * sizeof(uint64_t))
+    return out
+
+
+cdef _taken_runs(Runs *runs):
+    """The runs as an array; their memory is given back."""
+    try:
+        out = np.empty((runs.count, runs.width), dtype=np.int64)
+        if runs.count:
+            _copy_out(out, runs.items, runs.count * runs.width)
+        return out, runs.resume
+    finally:
+        free(runs.items)
+
+
+cdef int _copy_out(out, const int64_t *items, uint64_t count) except -1:
+    cdef int64_t[:, ::1] view = out
+    memcpy(&view[0, 0], items, count * sizeof(int64_t))
+    return 0
+
+
+cdef int _check_range(uint64_t first, uint64_t count) except -1:
+    if first > MAX_POSITIONS or count > MAX_POSITIONS - first:
+        raise ValueError(f"{count} positions from {first} on are not all inside a tree")
+    return 0
+
+
+cdef class PageFile:
+    def __cinit__(self, int descriptor, uint64_t seed, uint64_t generation, uint64_t slots, used, int64_t cache_bytes):
+        cdef const uint64_t[::1] words
+        cdef uint64_t i
+        if slots < 2 or slots > MAX_SLOTS:
+            raise ValueError(f"a map file has 2 to {MAX_SLOTS} slots, not {slots}")
+        words = np.ascontiguousarray(used, dtype=np.uint64)
+        if <uint64_t> words.shape[0] != (slots + 63) // 64:
+            raise ValueError(f"the bitmap of {slots} slots has {(slots + 63) // 64} words, not {words.shape[0]}")
+        self.pages = <Pages *> calloc(1, sizeof(Pages))
+        if self.pages == NULL:
+            raise MemoryError
+        pthread_mutex_init(&self.pages.lock, NULL)
+        self.pages.descriptor = descriptor
+        self.pages.seed = seed
+        self.pages.generation = generation
+        self.pages.limit = max(16, cache_bytes // SHEET_BYTES)
+        self.pages.next_slot = 2
+        if _grow(self.pages, slots) < 0:
+            raise MemoryError
+        memcpy(self.pages.used, &words[0], words.shape[0] * 8)
+        self.pages.used[0] |= 3
+        self.pages.free_slots = 0
+        for i in range(slots):
+            self.pages.free_slots += not (self.pages.used[i >> 6] >> (i & 63) & 1)
+
+    def __dealloc__(self):
+        cdef uint64_t i
+        if self.pages == NULL:
+            return
+        for i in range(self.pages.sheet_count):
+            free(self.pages.sheets[i].bytes)
+        free(self.pages.sheets)
+        free(self.pages.used)
+        numbers_free(&self.pages.condemned)
+        numbers_free(&self.pages.condemned_before)
+        pthread_mutex_destroy(&self.pages.lock)
+        free(self.pages)
+
+    cdef int check(self, int result) except -1:
+        if result >= 0:
+            return 0
+        if result == NO_MEMORY:
+            raise MemoryError
+        raise Failure(result, self.pages.code, self.pages.slot)
+
+    @property
+    def generation(self):
+        return self.pages.generation
+
+    @property
+    def slots(self):
+        return self.pages.slots
+
+    @property
+    def free_slots(self):
+        return self.pages.free_slots
+
+    @property
+    def resident_bytes(self):
+        return self.pages.resident * SHEET_BYTES
+
+    cdef void _enter(self) noexcept nogil:
+        pthread_mutex_lock(&self.pages.lock)
+        pages_trim(self.pages)
+
+    cdef void _leave(self) noexcept nogil:
+        pthread_mutex_unlock(&self.pages.lock)
+
+    def lookup(self, uint64_t root, uint64_t first, uint32_t count):
+        out = np.empty(count, dtype=np.uint64)
+        cdef uint64_t[::1] entries = out
+        cdef int result = 0
+        _check_range(first, count)
+        if count:
+            with nogil:
+                self._enter()
+                result = tree_lookup(self.pages, root, first, count, &entries[0])
+                self._leave()
+        self.check(result)
+        return out
+
+    def assign(self, uint64_t root, uint64_t parent, uint64_t first, uint64_t count, uint64_t entry):
+        cdef Numbers freed
+        cdef int result = 0
+        cdef uint64_t at = first
+        cdef uint64_t last = first + count
+        cdef uint32_t part
+        _check_range(first, count)
+        memset(&freed, 0, sizeof(freed))
+        with nogil:
+            self._enter()
+            while at < last and result == 0:
+                part = <uint32_t> min(last - at, <uint64_t> FAN_OUT - (at & 127))
+                result = tree_set(self.pages, &root, parent, 0, at, part, entry + (at - first), 1, &freed)
+                at += part
+            self._leave()
+        try:
+            self.check(result)
+            return root, numbers_array(&freed)
+        finally:
+            numbers_free(&freed)
+
+    def fill(self, uint64_t root, uint64_t parent, uint64_t first, uint64_t count, uint64_t entry):
+        cdef Numbers freed
+        cdef int result = 0
+        cdef uint64_t at = first
+        if entry > ZERO:
+            raise ValueError("a range is filled with ABSENT or ZERO")
+        _check_range(first, count)
+        memset(&freed, 0, sizeof(freed))
+        with nogil:
+            self._enter()
+            while at < first + count and result == 0:
+                result = tree_fill(self.pages, &root, parent, &at, first + count, entry, &freed)
+            self._leave()
+        try:
+            self.check(result)
+            return root, numbers_array(&freed)
+        finally:
+            numbers_free(&freed)
+
+    def difference(self, uint64_t a, uint64_t b, uint64_t first, uint64_t last, uint64_t limit):
+        cdef Runs runs
+        cdef int result
+        self._prepare(&runs, first, last, limit, 2)
+        with nogil:
+            self._enter()
+            result = _walk_difference(self.pages, LEVELS - 1, a, b, 0, &runs)
+            self._leave()
+        out = _taken_runs(&runs)
+        self.check(result)
+        return out
+
+    def runs(self, uint64_t root, uint64_t first, uint64_t last, uint64_t limit):
+        cdef Runs runs
+        cdef int result
+        self._prepare(&runs, first, last, limit, 3)
+        with nogil:
+            self._enter()
+            result = _walk_runs(self.pages, LEVELS - 1, root, 0, &runs)
+            self._leave()
+        out = _taken_runs(&runs)
+        self.check(result)
+        return out
+
+    cdef int _prepare(self, Runs *runs, uint64_t first, uint64_t last, uint64_t limit, int width) except -1:
+        if not 1 <= limit <= MAX_RUNS:
+            raise ValueError(f"limit must be 1 to {MAX_RUNS}, not {limit}")
+        memset(runs, 0, sizeof(Runs))
+        runs.first = first
+        runs.last = runs.resume = last
+        runs.limit = limit
+        runs.width = width
+        runs.items = <int64_t *> malloc(limit * width * sizeof(int64_t))
+        if runs.items == NULL:
+            raise MemoryError
+        return 0
+
+    def tally(self, uint64_t root, uint64_t other=0):
+        cdef Tally tally
+        cdef int result = 0
+        memset(&tally, 0, sizeof(tally))
+        if root != other:
+            with nogil:
+                self._enter()
+                result = _walk_tally(self.pages, LEVELS - 1, root, other, &tally)
+                self._leave()
+        self.check(result)
+        return tally.blocks, tally.other_blocks, tally.pages
+
+    def exclusive(self, uint64_t root, others):
+        cdef uint64_t[::1] beside = np.array([*others, 0], dtype=np.uint64)
+        cdef uint32_t count = <uint32_t> (beside.shape[0] - 1)
+        cdef Numbers blocks
+        cdef Numbers refs
+        cdef int result = 0
+        memset(&blocks, 0, sizeof(blocks))
+        memset(&refs, 0, sizeof(refs))
+        if root > ZERO:
+            with nogil:
+                self._enter()
+                result = _collect(self.pages, LEVELS - 1, root, &beside[0], count, &blocks, &refs)
+                self._leave()
+        try:
+            self.check(result)
+            return numbers_array(&blocks), numbers_array(&refs)
+        finally:
+            numbers_free(&blocks)
+            numbers_free(&refs)
+
+    def prune(self, uint64_t root, others):
+        cdef uint64_t[::1] beside = np.array([*(ref for ref in others if ref > 1), 0], dtype=np.uint64)
+        cdef uint32_t count = <uint32_t> (beside.shape[0] - 1)
+        cdef uint64_t[::1] scratch = np.zeros((count + 1) * 2 * LEVELS, dtype=np.uint64)
+        cdef Numbers made
+        cdef uint64_t pruned = 0
+        cdef uint64_t i
+        cdef int result = 0
+        if root <= ZERO:
+            return 0
+        for i in range(count):
+            scratch[i] = beside[i]
+            if beside[i] == root:
+                return root
+        memset(&made, 0, sizeof(made))
+        if count:
+            with nogil:
+                self._enter()
+                result = _prune(self.pages, LEVELS - 1, root, &scratch[0], count, count + 1, &made, &pruned)
+                if result < 0:
+                    for i in range(made.count):
+                        page_free(self.pages, made.items[i])
+                self._leave()
+        numbers_free(&made)
+        self.check(result)
+        return pruned
+
+    def free_pages(self, const uint64_t[::1] refs not None):
+        cdef int64_t i
+        cdef int result
+        with nogil:
+            self._enter()
+            result = _checked(self.pages, numbers_reserve(&self.pages.condemned, refs.shape[0]))
+            if result == 0:
+                for i in range(refs.shape[0]):
+                    page_free(self.pages, refs[i])
+            self._leave()
+        self.check(result)
+
+    def used_slots(self):
+        cdef Numbers copy
+        cdef int result
+        memset(&copy, 0, sizeof(copy))
+        with nogil:
+            self._enter()
+            result = pages_used(self.pages, &copy)
+            self._leave()
+        try:
+            self.check(result)
+            return numbers_array(&copy)
+        finally:
+            numbers_free(&copy)
+
+    def put(self, int kind, const uint8_t[::1] payload not None):
+        cdef uint64_t ref
+        cdef uint64_t *entries
+        if not 0 < payload.shape[0] <= SLOT_BYTES - HEADER_BYTES:
+            raise ValueError("a page holds 1 to 1,024 bytes")
+        with nogil:
+            self._enter()
+            ref = page_new(self.pages, kind, &entries)
+            if ref:
+                memset(entries, 0, SLOT_BYTES - HEADER_BYTES)
+                memcpy(entries, &payload[0], payload.shape[0])
+            self._leave()
+        if ref == 0:
+            self.check(self.pages.failure)
+        return ref
+
+    def get(self, int kind, uint64_t ref):
+        cdef uint64_t *entries
+        out = np.empty(SLOT_BYTES - HEADER_BYTES, dtype=np.uint8)
+        cdef uint8_t[::1] view = out
+        with nogil:
+            self._enter()
+            entries = page_at(self.pages, ref, kind)
+            if entries != NULL:
+                memcpy(&view[0], entries, SLOT_BYTES - HEADER_BYTES)
+            self._leave()
+        if entries == NULL:
+            self.check(self.pages.failure)
+        return out.tobytes()
+
+    def dirty(self):
+        cdef Numbers slots
+        cdef int result
+        memset(&slots, 0, sizeof(slots))
+        with nogil:
+            self._enter()
+            result = pages_dirty(self.pages, &slots)
+            self._leave()
+        try:
+            self.check(result)
+            return numbers_array(&slots)
+        finally:
+            numbers_free(&slots)
+
+    def freeze(self):
+        cdef int result
+        cdef uint64_t generation
+        with nogil:
+            self._enter()
+            generation = self.pages.generation
+            result = pages_freeze(self.pages)
+            self._leave()
+        self.check(result)
+        return generation
+
+    def stage(self, const uint64_t[::1] slots not None):
+        cdef int64_t i
+        cdef uint8_t *data
+        cdef uint64_t slot
+        cdef int64_t missing = -1
+        out = np.empty(slots.shape[0] * SLOT_BYTES, dtype=np.uint8)
+        cdef uint8_t[::1] view = out
+        with nogil:
+            self._enter()
+            for i in range(slots.shape[0]):
+                slot = slots[i]
+                if slot >= self.pages.slots or self.pages.sheets[slot // SHEET_SLOTS].bytes == NULL:
+                    missing = i
+                    break
+                data = self.pages.sheets[slot // SHEET_SLOTS].bytes + (slot % SHEET_SLOTS) * SLOT_BYTES
+                (<uint64_t *> data)[0] = _checksum(self.pages, data, slot)
+                memcpy(&view[i * SLOT_BYTES], data, SLOT_BYTES)
+            self._leave()
+        if missing >= 0:
+            raise ValueError(f"slot {slots[missing]} is not in memory")
+        return out
+
+    def written(self, const uint64_t[::1] slots not None):
+        cdef int64_t i
+        with nogil:
+            self._enter()
+            for i in range(slots.shape[0]):
+                if slots[i] < self.pages.slots:
+                    self.pages.sheets[slots[i] // SHEET_SLOTS].dirty &= ~(<uint16_t> (1 << (slots[i] % SHEET_SLOTS)))
+            self._leave()
+
+    def release(self):
+        with nogil:
+            self._enter()
+            _release(self.pages)
+            self._leave()
+
+    def mark(
+        self, uint64_t root, uint32_t family, uint64_t[::1] slots not None, uint64_t[::1] blocks not None,
+        uint32_t[::1] owners not None, uint64_t block_limit,
+    ):
+        cdef Marks marks
+        problems = np.zeros((1000, 3), dtype=np.int64)
+        cdef int64_t[:, ::1] view = problems
+        if <uint64_t> slots.shape[0] * 64 < self.pages.slots or <uint64_t> blocks.shape[0] * 64 < block_limit:
+            raise ValueError("the bitmaps are too short")
+        if <uint64_t> owners.shape[0] < block_limit + self.pages.slots:
+            raise ValueError("the array of owners is too short")
+        memset(&marks, 0, sizeof(marks))
+        marks.slots = &slots[0]
+        marks.blocks = &blocks[0]
+        marks.owners = &owners[0]
+        marks.block_limit = block_limit
+        marks.problems = &view[0, 0]
+        marks.problem_limit = 1000
+        if root > ZERO:
+            with nogil:
+                self._enter()
+                _mark(self.pages, LEVELS - 1, root, 0, family, &marks)
+                self._leave()
+        return problems[: min(1000, marks.problem_count)]
