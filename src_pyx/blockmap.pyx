@@ -6,7 +6,7 @@ generation is in no checkpoint and changes in place while no neighbour shares it
 Free functions hold the work, under `Pages.lock`; the class is for Python, which never holds the lock.
 """
 
-from libc.errno cimport EINTR, EINVAL, ENOSPC, ENOSYS, EOPNOTSUPP, errno
+from libc.errno cimport EBADF, EINTR, EINVAL, ENOSPC, ENOSYS, EOPNOTSUPP, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcpy, memset
@@ -136,7 +136,8 @@ cdef int _reserve(Pages *pages, uint64_t count) noexcept nogil:
         )
         if code == EINTR:
             continue
-        if code not in (0, EOPNOTSUPP, ENOSYS, EINVAL):
+        # EBADF: the map of a pool that is open for reading only grows in memory.
+        if code not in (0, EOPNOTSUPP, ENOSYS, EINVAL, EBADF):
             return _fail(pages, NO_SPACE, code, pages.slots)
         code = _grow(pages, slots)
         if code < 0:
@@ -289,8 +290,11 @@ cdef uint64_t page_new(Pages *pages, int kind, uint64_t **entries) noexcept nogi
 
 cdef void page_free(Pages *pages, uint64_t ref) noexcept nogil:
     cdef uint64_t slot = ref & SLOT_MASK
-    cdef Sheet *sheet = &pages.sheets[slot // SHEET_SLOTS]
+    cdef Sheet *sheet
     cdef uint64_t *words
+    if slot < 2 or slot >= pages.slots:
+        return
+    sheet = &pages.sheets[slot // SHEET_SLOTS]
     if sheet.bytes != NULL and sheet.checked >> (slot % SHEET_SLOTS) & 1:
         words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
         if words[1] & GENERATION_MASK == pages.generation:

@@ -1,0 +1,219 @@
+"""What versions, disks and groups there are: the records, the version tree between them, and their bytes.
+
+A version is a head (a live disk), a snapshot, or a ghost (deleted, but still between others). Everything here is
+plain data; the roots of heads live in the kernel while the pool is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from snapcore.errors import DamagedError
+
+Kind = Literal["head", "snapshot", "ghost"]
+
+
+class Version(msgspec.Struct, forbid_unknown_fields=True):
+    """A root of a tree.
+
+    Attributes
+    ----------
+    id, parent : int
+        Never used twice; parent 0 is none.
+    root : int
+        Of a head: as of the checkpoint that this was read from.
+    disk : int
+        That it belongs to, or belonged to.
+    disk_name : str
+        As it was at the cut, for when the disk is gone.
+    backing : int
+        Image that absent blocks are read from, or 0.
+    group : int
+        That it was cut in, or 0.
+    stirred : bool
+        A ghost that may hold what nobody needs.
+    """
+
+    id: int
+    parent: int
+    kind: Kind
+    root: int
+    size_bytes: int
+    disk: int
+    disk_name: str = ""
+    name: str = ""
+    created_ns: int = 0
+    backing: int = 0
+    group: int = 0
+    stirred: bool = False
+
+
+class DiskRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """A live disk: its head, and what it came from (`origin_kind` "", "snapshot", "image" or "disk")."""
+
+    id: int
+    name: str
+    head: int
+    created_ns: int
+    origin_kind: str = ""
+    origin: int = 0
+
+
+class Backing(msgspec.Struct, forbid_unknown_fields=True):
+    """A raw image that disks read from; it must stay as it was."""
+
+    id: int
+    path: str
+    size_bytes: int
+    mtime_ns: int
+
+
+class Group(msgspec.Struct, forbid_unknown_fields=True):
+    """Snapshots that were cut at one instant."""
+
+    id: int
+    name: str
+    created_ns: int
+
+
+class _Stored(msgspec.Struct, forbid_unknown_fields=True):
+    versions: list[Version]
+    disks: list[DiskRecord]
+    backings: list[Backing]
+    groups: list[Group]
+    next_id: int
+    slots: bytes
+
+
+@dataclass(slots=True)
+class Catalog:
+    """All records, by id, and the children of each version."""
+
+    versions: dict[int, Version] = field(default_factory=dict)
+    disks: dict[int, DiskRecord] = field(default_factory=dict)
+    backings: dict[int, Backing] = field(default_factory=dict)
+    groups: dict[int, Group] = field(default_factory=dict)
+    children: dict[int, set[int]] = field(default_factory=dict)
+    next_id: int = 1
+
+    def use_ids(self, *ids: int) -> None:
+        """These numbers are taken."""
+        self.next_id = max(self.next_id, *(number + 1 for number in ids))
+
+    def add(self, version: Version) -> None:
+        """Put a version under its parent."""
+        self.versions[version.id] = version
+        self.children[version.id] = set()
+        if version.parent:
+            self.children[version.parent].add(version.id)
+
+    def move(self, version: int, parent: int) -> None:
+        """Give a version another parent."""
+        record = self.versions[version]
+        if record.parent:
+            self.children[record.parent].discard(version)
+        record.parent = parent
+        if parent:
+            self.children[parent].add(version)
+
+    def remove(self, version: int) -> None:
+        """Take a version out; its only child, if it has one, goes to its parent."""
+        record = self.versions[version]
+        for child in [*self.children[version]]:
+            self.move(child, record.parent)
+        if record.parent:
+            self.children[record.parent].discard(version)
+        del self.versions[version], self.children[version]
+
+    def neighbours(self, version: int) -> Iterator[int]:
+        """Parent and children."""
+        if self.versions[version].parent:
+            yield self.versions[version].parent
+        yield from self.children[version]
+
+    def of_kind(self, kind: Kind) -> list[Version]:
+        """All versions of a kind, oldest first."""
+        return [record for _, record in sorted(self.versions.items()) if record.kind == kind]
+
+    def part(self, members: Iterable[int]) -> tuple[list[int], list[int]]:
+        """These versions with all ghosts that hang together with them, and the visible ones beside (DESIGN's C and B)."""
+        chosen = set(members)
+        inside: set[int] = set()
+        beside: set[int] = set()
+        ahead = [*chosen]
+        while ahead:
+            version = ahead.pop()
+            if version in inside:
+                continue
+            inside.add(version)
+            for other in self.neighbours(version):
+                if self.versions[other].kind == "ghost" or other in chosen:
+                    ahead.append(other)
+                else:
+                    beside.add(other)
+        return sorted(inside), sorted(beside)
+
+    def family(self, version: int) -> int:
+        """The oldest ancestor."""
+        while self.versions[version].parent:
+            version = self.versions[version].parent
+        return version
+
+    def encode(self, roots: dict[int, int], slots: bytes) -> bytes:
+        """As bytes; heads get the roots given."""
+        versions = [
+            msgspec.structs.replace(record, root=roots[number]) if number in roots else record
+            for number, record in sorted(self.versions.items())
+        ]
+        records = ([*self.disks.values()], [*self.backings.values()], [*self.groups.values()])
+        return msgspec.msgpack.encode(_Stored(versions, *records, self.next_id, slots))
+
+
+def decode(data: bytes, where: str) -> tuple[Catalog, bytes]:
+    """The catalog, and the bitmap of used slots."""
+    try:
+        stored = msgspec.msgpack.decode(data, type=_Stored)
+        catalog = Catalog(next_id=stored.next_id)
+        catalog.backings = {record.id: record for record in stored.backings}
+        catalog.groups = {record.id: record for record in stored.groups}
+        catalog.disks = {record.id: record for record in stored.disks}
+        catalog.versions = {record.id: record for record in stored.versions}
+        catalog.children = {number: set() for number in catalog.versions}
+        for record in stored.versions:
+            if record.parent:
+                catalog.children[record.parent].add(record.id)
+        _check(catalog)
+    except (msgspec.DecodeError, KeyError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{where}: the catalog cannot be read: {error}; restore the pool from a backup") from None
+    return catalog, stored.slots
+
+
+def _check(catalog: Catalog) -> None:
+    """Every reference leads somewhere, and ancestors come to an end."""
+    heads = []
+    for record in catalog.versions.values():
+        if not 0 <= record.size_bytes <= 1 << 47 or not 0 < record.id < 1 << 32 or not 0 <= record.root < 1 << 64:
+            raise ValueError(f"version {record.id} has values that none has")
+        if record.backing and record.backing not in catalog.backings:
+            raise ValueError(f"version {record.id} refers to an image that is not there")
+        if record.kind == "head":
+            heads.append(record.id)
+    if sorted(heads) != sorted(disk.head for disk in catalog.disks.values()):
+        raise ValueError("disks and heads are not one to one")
+    good: set[int] = {0}
+    for number in catalog.versions:
+        path: dict[int, None] = {}
+        while number not in good:
+            if number in path:
+                raise ValueError(f"version {number} is its own ancestor")
+            path[number] = None
+            number = catalog.versions[number].parent
+        good.update(path)
+    if len({disk.name for disk in catalog.disks.values()}) != len(catalog.disks):
+        raise ValueError("two disks have one name")
+    if catalog.next_id <= max([0, *catalog.versions, *catalog.disks, *catalog.backings, *catalog.groups]):
+        raise ValueError("numbers would be used twice")

@@ -1,0 +1,126 @@
+"""Turns what the kernels report into the typed errors that users see, with the file, the offset and what to do."""
+
+from __future__ import annotations
+
+import os
+
+from snapcore.blockmap import Failure
+from snapcore.errors import (
+    DamagedError,
+    Error,
+    NotFoundError,
+    OutOfSpaceError,
+    ReadError,
+    RefusedError,
+    SourceChangedError,
+    StoreError,
+    UsageError,
+)
+
+SLOT_BYTES = 1040
+BLOCK_BYTES = 4096
+
+# Results of the kernels: snapcore/blockmap.pxd and snapcore/volume.pxd.
+MAP_READ_FAILED = -2
+MAP_DAMAGED = -3
+MAP_NO_SPACE = -4
+LOG_FULL = -5
+WRITE_FAILED = -6
+STOPPED = -7
+DETACHED = -8
+LIMIT_REACHED = -9
+DATA_READ_FAILED = -10
+BACKING_READ_FAILED = -11
+BACKING_CHANGED = -12
+OUT_OF_RANGE = -13
+NOT_WRITABLE = -14
+BLOCK_OUTSIDE = -15
+
+_FULL = {28, 122, 27}  # ENOSPC, EDQUOT, EFBIG
+_NOT_CONSISTENT = 117
+
+
+def typed(failure: Failure, folder: str, what: str, backing: str = "") -> Error:
+    """The error of a failure in a pool's folder, while doing something to `what`."""
+    reason = os.strerror(failure.code) if failure.code else ""
+    make = _OF_MAP.get(failure.result) or _OF_WRITING.get(failure.result) or _OF_READING.get(failure.result)
+    if make is None:
+        return StoreError(f"{what}: {failure}")
+    return make(_Case(failure.slot, failure.code, reason, folder, what, backing))
+
+
+class _Case:
+    """What a message is made of."""
+
+    def __init__(self, where: int, code: int, reason: str, folder: str, what: str, backing: str) -> None:
+        self.where, self.code, self.reason = where, code, reason
+        self.folder, self.what, self.backing = folder, what, backing
+        self.map, self.data = os.path.join(folder, "map"), os.path.join(folder, "data")
+
+
+def _map_damaged(case: _Case) -> Error:
+    return DamagedError(
+        f"{case.what}: slot {case.where} of {case.map} (offset {case.where * SLOT_BYTES}) does not hold the page that it "
+        f"should; run `snapcore pool check {case.folder}`"
+    )
+
+
+def _outside(case: _Case) -> Error:
+    return DamagedError(
+        f"{case.what}: the map of block {case.where} refers to a place outside of {case.data}; "
+        f"run `snapcore pool check {case.folder}`"
+    )
+
+
+def _write_failed(case: _Case) -> Error:
+    if case.code in _FULL:
+        return OutOfSpaceError(f"{case.what}: no space to write to {case.data} ({case.reason}); free some and try again")
+    return StoreError(f"{case.what}: {case.data} could not be written at offset {case.where}: {case.reason}")
+
+
+def _stopped(case: _Case) -> Error:
+    if case.code == _NOT_CONSISTENT:
+        return DamagedError(
+            f"{case.what}: the pool {case.folder} has stopped writing: its map frees what is free already; "
+            f"close it and run `snapcore pool check {case.folder}`"
+        )
+    return StoreError(
+        f"{case.what}: the pool {case.folder} has stopped writing, because a write of its log or map, or a sync, failed "
+        f"({case.reason}); what was flushed before is safe: see to the medium, close the pool and open it again"
+    )
+
+
+def _changed(case: _Case) -> Error:
+    return SourceChangedError(
+        f"{case.what}: the image {case.backing} that it reads from was changed after it was taken over; "
+        "put it back as it was, or make the disk anew"
+    )
+
+
+_OF_MAP = {
+    MAP_READ_FAILED: lambda case: ReadError(case.map, case.where * SLOT_BYTES, SLOT_BYTES, case.code, case.reason),
+    MAP_DAMAGED: _map_damaged,
+    MAP_NO_SPACE: lambda case: OutOfSpaceError(
+        f"{case.what}: no space to grow {case.map} ({case.reason}); free some and try again"
+    ),
+    BLOCK_OUTSIDE: _outside,
+}
+_OF_WRITING = {
+    LOG_FULL: lambda case: OutOfSpaceError(f"{case.what}: the log of {case.folder} is full; free space and try again"),
+    WRITE_FAILED: _write_failed,
+    STOPPED: _stopped,
+    LIMIT_REACHED: lambda case: OutOfSpaceError(
+        f"{case.what}: the pool {case.folder} has reached its limit of {case.where * BLOCK_BYTES} bytes; "
+        "delete snapshots or disks, or raise the limit"
+    ),
+    NOT_WRITABLE: lambda case: RefusedError(f"{case.what}: it is read-only"),
+}
+_OF_READING = {
+    DETACHED: lambda case: NotFoundError(f"{case.what}: it was deleted or closed"),
+    DATA_READ_FAILED: lambda case: ReadError(
+        case.data, case.where, BLOCK_BYTES, case.code, case.reason or "the file ends there"
+    ),
+    BACKING_READ_FAILED: lambda case: ReadError(case.backing, case.where, BLOCK_BYTES, case.code, case.reason),
+    BACKING_CHANGED: _changed,
+    OUT_OF_RANGE: lambda case: UsageError(f"{case.what}: the range from offset {case.where} on is not all inside of it"),
+}
