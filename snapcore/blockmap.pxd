@@ -59,6 +59,8 @@ cdef struct Pages:
     uint64_t sheet_count
     int64_t resident
     int64_t limit
+    # The sheets that are in memory, and where `pages_trim` goes on among them.
+    Numbers loaded
     uint64_t hand
     Numbers condemned
     Numbers condemned_before
@@ -85,9 +87,9 @@ cdef void page_free(Pages *pages, uint64_t ref) noexcept nogil
 # Entries of `count` positions from `first` on.
 cdef int tree_lookup(Pages *pages, uint64_t root, uint64_t first, uint32_t count, uint64_t *entries) noexcept nogil
 
-# Set entries of one page of a level (0: leaves) from `first` on, a position on a border of that level. `step` 1: entry, entry + 1, ...;
-# 0: all the same. Above the leaves the entry is ABSENT or ZERO. What only this tree held (`parent`: the neighbour's root) is freed: pages at once,
-# blocks go to `freed`. On failure nothing has changed.
+# Set entries of one page of a level (0: leaves) from `first` on, a position on a border of that level. `step` 1: entry,
+# entry + 1, ...; 0: all the same. Above the leaves the entry is ABSENT or ZERO. What only this tree held (`parent`: the
+# neighbour's root) is freed: pages at once, blocks go to `freed`. On failure nothing has changed.
 cdef int tree_set(
     Pages *pages, uint64_t *root, uint64_t parent, int level, uint64_t first, uint32_t count,
     uint64_t entry, int step, Numbers *freed
@@ -107,7 +109,8 @@ cdef struct Runs:
 # positions, or that of a single leaf page; 0 where it must be entry by entry. Negative: a failure.
 cdef int tree_fill_level(Pages *pages, uint64_t root, uint64_t first, uint64_t last) noexcept nogil
 
-# Set the part of a range from `at` on that one step can do, and move `at` behind it: one entry of a level, or a part of a leaf page.
+# Set the part of a range from `at` on that one step can do, and move `at` behind it: one entry of a level, or a part of
+# a leaf page.
 cdef int tree_fill(
     Pages *pages, uint64_t *root, uint64_t parent, uint64_t *at, uint64_t last, uint64_t entry, Numbers *freed
 ) noexcept nogil
@@ -127,4 +130,5 @@ cdef class PageFile:
     cdef int check(self, int result) except -1
     cdef void _enter(self) noexcept nogil
     cdef void _leave(self) noexcept nogil
+    cdef object _changed(self, int result, uint64_t root, Numbers *freed, uint64_t done)
     cdef int _prepare(self, Runs *runs, uint64_t first, uint64_t last, uint64_t limit, int width) except -1

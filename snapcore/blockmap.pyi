@@ -1,4 +1,4 @@
-"""The pool's trees: 128-entry pages in the slots of a map file, five levels, roots named by references (docs/FORMAT.md).
+"""The pool's trees: pages of 128 entries in slots of a map file, five levels, named by their roots (docs/FORMAT.md).
 
 An entry is 0 (absent), 1 (zero) or a reference: to a page above the leaves, to a block in them. Positions are block
 numbers of a disk, below 2 ** 35. All methods are safe from many threads; none holds the lock across Python code.
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 class Failure(Exception):  # noqa: N818
-    """A tree could not be read or changed; nothing was changed.
+    """A tree could not be read or changed; nothing was changed, but for what `partial` tells.
 
     Attributes
     ----------
@@ -21,11 +21,15 @@ class Failure(Exception):  # noqa: N818
         errno, or 0.
     slot : int
         Which slot of the map file.
+    partial : (root, freed, count) or None
+        Of `assign` and `fill` when positions behind the first `count` could not be changed: the tree with these
+        changed, and what that freed. It takes the place of the tree as it was.
     """
 
     result: int
     code: int
     slot: int
+    partial: tuple[int, npt.NDArray[np.uint64], int] | None
 
 class PageFile:
     """Pages of a map file.
@@ -66,9 +70,7 @@ class PageFile:
     def lookup(self, root: int, first: int, count: int) -> npt.NDArray[np.uint64]:
         """Entries of `count` positions from `first` on."""
 
-    def assign(
-        self, root: int, parent: int, first: int, count: int, entry: int
-    ) -> tuple[int, npt.NDArray[np.uint64]]:
+    def assign(self, root: int, parent: int, first: int, count: int, entry: int) -> tuple[int, npt.NDArray[np.uint64]]:
         """Map positions from `first` on to the blocks from `entry` on.
 
         Returns
@@ -76,15 +78,13 @@ class PageFile:
         root : int
             The tree as it is now; `root` as it was is no longer to be used, unless it was shared with `parent`.
         freed : uint64 array
-            Blocks that this tree held, that it holds no more, and that the tree `parent` does not hold at that position.
+            Blocks that this tree held, that it holds no more, and that `parent` does not hold at that position.
         """
 
     def fill(self, root: int, parent: int, first: int, count: int, entry: int) -> tuple[int, npt.NDArray[np.uint64]]:
         """Make positions 0 (absent) or 1 (zero); whole subtrees in one step. Returns what `assign` does."""
 
-    def difference(
-        self, a: int, b: int, first: int, last: int, limit: int
-    ) -> tuple[npt.NDArray[np.int64], int]:
+    def difference(self, a: int, b: int, first: int, last: int, limit: int) -> tuple[npt.NDArray[np.int64], int]:
         """Runs of positions whose entries differ, from `first` up to `last`; shared pages are skipped.
 
         Returns
@@ -96,21 +96,19 @@ class PageFile:
         """
 
     def runs(self, root: int, first: int, last: int, limit: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Runs of positions that are not absent: (position, count, entry), entry 1 or the first of consecutive blocks."""
+        """Runs of positions that are not absent: (position, count, entry), 1 or the first of consecutive blocks."""
 
     def tally(self, root: int, other: int = 0) -> tuple[int, int, int]:
         """Blocks of `root`, blocks of `other` and pages of `root`, all without the pages that both share."""
 
-    def exclusive(
-        self, root: int, others: Iterable[int]
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    def exclusive(self, root: int, others: Iterable[int]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """Blocks, and references of pages, that `root` holds and none of `others` holds at the same place."""
 
     def prune(self, root: int, others: Iterable[int]) -> int:
         """The root of a tree with what of `root` the others hold at the same place. Frees nothing."""
 
     def free_pages(self, refs: npt.NDArray[np.uint64]) -> None:
-        """Give pages up: at once, or after the next checkpoint when the last one refers to them."""
+        """Give pages up, each once: at once, or after the next checkpoint when the last one refers to them."""
 
     def used_slots(self) -> npt.NDArray[np.uint64]:
         """Bitmap of used slots, without those that wait for a checkpoint."""
@@ -131,7 +129,7 @@ class PageFile:
         """The bytes of slots, with checksums, one behind the other, to be written to the map file."""
 
     def written(self, slots: npt.NDArray[np.uint64]) -> None:
-        """These slots are in the map file."""
+        """These slots are in the map file. Trees' pages of the current generation stay dirty: they may change yet."""
 
     def release(self) -> None:
         """The checkpoint that began with the last `freeze` is durable: slots that only older ones needed are free."""
@@ -147,11 +145,12 @@ class PageFile:
     ) -> npt.NDArray[np.int64]:
         """Mark what a tree reaches in the two bitmaps; pages that are marked are not entered again.
 
-        `owners` (zeros at first, shape (block_limit + slots,)) remembers at which place of which family a block or slot was found.
+        `owners` (zeros at first, shape (block_limit + slots,)) remembers at which place of which family a block or
+        slot was found.
 
         Returns
         -------
         int64 array of shape (n, 3), n <= 1000
-            Problem, position, and slot or block: 1 a page that cannot be read, 2 a page at two places, 3 a block outside
-            of the data file, 4 a block at two places.
+            Problem, position, and slot or block: 1 a page that cannot be read, 2 a page at two places, 3 a block
+            outside of the data file, 4 a block at two places.
         """

@@ -8,7 +8,7 @@ Free functions hold the work, under `Pages.lock`; the class is for Python, which
 
 from libc.errno cimport EBADF, EINTR, EINVAL, ENOSPC, ENOSYS, EOPNOTSUPP, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, qsort, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport pread
@@ -179,9 +179,16 @@ cdef inline uint64_t _trailing_zeros(uint64_t word) noexcept nogil:
     return __builtin_ctzll(word)
 
 
+cdef inline bint _is_used(Pages *pages, uint64_t slot) noexcept nogil:
+    return pages.used[slot >> 6] >> (slot & 63) & 1
+
+
 cdef void _give_slot(Pages *pages, uint64_t slot) noexcept nogil:
     cdef Sheet *sheet = &pages.sheets[slot // SHEET_SLOTS]
     cdef uint16_t bit = <uint16_t> (1 << (slot % SHEET_SLOTS))
+    # A damaged tree may hold a page twice.
+    if not _is_used(pages, slot):
+        return
     pages.used[slot >> 6] &= ~(<uint64_t> 1 << (slot & 63))
     pages.free_slots += 1
     sheet.checked &= ~bit
@@ -194,7 +201,10 @@ cdef int _load_sheet(Pages *pages, uint64_t number) noexcept nogil:
     cdef Sheet *sheet = &pages.sheets[number]
     cdef int got = 0
     cdef ssize_t part
-    cdef uint8_t *data = <uint8_t *> malloc(SHEET_BYTES)
+    cdef uint8_t *data
+    if numbers_reserve(&pages.loaded, 1) < 0:
+        return _fail(pages, NO_MEMORY, 0, number * SHEET_SLOTS)
+    data = <uint8_t *> malloc(SHEET_BYTES)
     if data == NULL:
         return _fail(pages, NO_MEMORY, 0, number * SHEET_SLOTS)
     while got < SHEET_BYTES:
@@ -212,7 +222,7 @@ cdef int _load_sheet(Pages *pages, uint64_t number) noexcept nogil:
     sheet.checked = 0
     sheet.touched = 1
     pages.resident += 1
-    return 0
+    return numbers_add(&pages.loaded, number)
 
 
 cdef uint64_t _checksum(Pages *pages, const uint8_t *slot_bytes, uint64_t slot) noexcept nogil:
@@ -229,7 +239,7 @@ cdef uint64_t *_load_page(Pages *pages, uint64_t ref, int kind) noexcept nogil:
         return NULL
     words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
     if (
-        not pages.used[slot >> 6] >> (slot & 63) & 1
+        not _is_used(pages, slot)
         or words[0] != _checksum(pages, <const uint8_t *> words, slot)
         or (words[1] ^ (ref >> 48)) & 0xFFFF
         or words[1] >> 56 != <uint64_t> kind
@@ -292,7 +302,7 @@ cdef void page_free(Pages *pages, uint64_t ref) noexcept nogil:
     cdef uint64_t slot = ref & SLOT_MASK
     cdef Sheet *sheet
     cdef uint64_t *words
-    if slot < 2 or slot >= pages.slots:
+    if slot < 2 or slot >= pages.slots or not _is_used(pages, slot):
         return
     sheet = &pages.sheets[slot // SHEET_SLOTS]
     if sheet.bytes != NULL and sheet.checked >> (slot % SHEET_SLOTS) & 1:
@@ -310,19 +320,19 @@ cdef void pages_trim(Pages *pages) noexcept nogil:
     cdef Sheet *sheet
     while pages.resident > pages.limit and left:
         left -= 1
-        if pages.hand >= pages.sheet_count:
+        if pages.hand >= pages.loaded.count:
             pages.hand = 0
-        sheet = &pages.sheets[pages.hand]
-        pages.hand += 1
-        if sheet.bytes == NULL or sheet.dirty:
-            continue
-        if sheet.touched:
+        sheet = &pages.sheets[pages.loaded.items[pages.hand]]
+        if sheet.dirty or sheet.touched:
             sheet.touched = 0
+            pages.hand += 1
             continue
         free(sheet.bytes)
         sheet.bytes = NULL
         sheet.checked = 0
         pages.resident -= 1
+        pages.loaded.count -= 1
+        pages.loaded.items[pages.hand] = pages.loaded.items[pages.loaded.count]
 
 
 # Trees
@@ -887,8 +897,9 @@ cdef void _release(Pages *pages) noexcept nogil:
 # Python
 
 class Failure(Exception):  # noqa: N818
-    def __init__(self, result, code, slot):
+    def __init__(self, result, code, slot, partial=None):
         super().__init__(f"result {result}, errno {code}, slot {slot}")
+        self.partial = partial
         self.result = result
         self.code = code
         self.slot = slot
@@ -947,6 +958,8 @@ cdef class PageFile:
             raise MemoryError
         memcpy(self.pages.used, &words[0], words.shape[0] * 8)
         self.pages.used[0] |= 3
+        if slots & 63:
+            self.pages.used[slots >> 6] &= (<uint64_t> 1 << (slots & 63)) - 1
         self.pages.free_slots = 0
         for i in range(slots):
             self.pages.free_slots += not (self.pages.used[i >> 6] >> (i & 63) & 1)
@@ -961,6 +974,7 @@ cdef class PageFile:
         free(self.pages.used)
         numbers_free(&self.pages.condemned)
         numbers_free(&self.pages.condemned_before)
+        numbers_free(&self.pages.loaded)
         pthread_mutex_destroy(&self.pages.lock)
         free(self.pages)
 
@@ -995,10 +1009,11 @@ cdef class PageFile:
         pthread_mutex_unlock(&self.pages.lock)
 
     def lookup(self, uint64_t root, uint64_t first, uint32_t count):
-        out = np.empty(count, dtype=np.uint64)
-        cdef uint64_t[::1] entries = out
+        cdef uint64_t[::1] entries
         cdef int result = 0
         _check_range(first, count)
+        out = np.empty(count, dtype=np.uint64)
+        entries = out
         if count:
             with nogil:
                 self._enter()
@@ -1014,19 +1029,18 @@ cdef class PageFile:
         cdef uint64_t last = first + count
         cdef uint32_t part
         _check_range(first, count)
+        if entry <= ZERO or entry > <uint64_t> -1 - count:
+            raise ValueError(f"there are no {count} blocks from {entry} on")
         memset(&freed, 0, sizeof(freed))
         with nogil:
             self._enter()
             while at < last and result == 0:
                 part = <uint32_t> min(last - at, <uint64_t> FAN_OUT - (at & 127))
                 result = tree_set(self.pages, &root, parent, 0, at, part, entry + (at - first), 1, &freed)
-                at += part
+                if result == 0:
+                    at += part
             self._leave()
-        try:
-            self.check(result)
-            return root, numbers_array(&freed)
-        finally:
-            numbers_free(&freed)
+        return self._changed(result, root, &freed, at - first)
 
     def fill(self, uint64_t root, uint64_t parent, uint64_t first, uint64_t count, uint64_t entry):
         cdef Numbers freed
@@ -1041,11 +1055,21 @@ cdef class PageFile:
             while at < first + count and result == 0:
                 result = tree_fill(self.pages, &root, parent, &at, first + count, entry, &freed)
             self._leave()
+        return self._changed(result, root, &freed, at - first)
+
+    cdef object _changed(self, int result, uint64_t root, Numbers *freed, uint64_t done):
+        """What a change returns; when it failed behind a part that is done, the failure tells that part."""
         try:
-            self.check(result)
-            return root, numbers_array(&freed)
+            out = root, numbers_array(freed)
+            try:
+                self.check(result)
+            except Failure as failure:
+                if done:
+                    failure.partial = (*out, done)
+                raise
+            return out
         finally:
-            numbers_free(&freed)
+            numbers_free(freed)
 
     def difference(self, uint64_t a, uint64_t b, uint64_t first, uint64_t last, uint64_t limit):
         cdef Runs runs
@@ -1074,6 +1098,8 @@ cdef class PageFile:
     cdef int _prepare(self, Runs *runs, uint64_t first, uint64_t last, uint64_t limit, int width) except -1:
         if not 1 <= limit <= MAX_RUNS:
             raise ValueError(f"limit must be 1 to {MAX_RUNS}, not {limit}")
+        if not first <= last <= MAX_POSITIONS:
+            raise ValueError(f"positions {first} to {last} are not all inside a tree")
         memset(runs, 0, sizeof(Runs))
         runs.first = first
         runs.last = runs.resume = last
@@ -1145,15 +1171,21 @@ cdef class PageFile:
 
     def free_pages(self, const uint64_t[::1] refs not None):
         cdef int64_t i
+        cdef int64_t outside = -1
         cdef int result
         with nogil:
             self._enter()
+            for i in range(refs.shape[0]):
+                if not 2 <= refs[i] & SLOT_MASK < self.pages.slots:
+                    outside = i
             result = _checked(self.pages, numbers_reserve(&self.pages.condemned, refs.shape[0]))
-            if result == 0:
+            if result == 0 and outside < 0:
                 for i in range(refs.shape[0]):
                     page_free(self.pages, refs[i])
             self._leave()
         self.check(result)
+        if outside >= 0:
+            raise ValueError(f"{refs[outside]} refers to no slot of the map file")
 
     def used_slots(self):
         cdef Numbers copy
@@ -1172,6 +1204,8 @@ cdef class PageFile:
     def put(self, int kind, const uint8_t[::1] payload not None):
         cdef uint64_t ref
         cdef uint64_t *entries
+        if not LEVELS <= kind <= 255:
+            raise ValueError(f"pages of kind {kind} are not put")
         if not 0 < payload.shape[0] <= SLOT_BYTES - HEADER_BYTES:
             raise ValueError("a page holds 1 to 1,024 bytes")
         with nogil:
@@ -1228,6 +1262,7 @@ cdef class PageFile:
         cdef int64_t i
         cdef uint8_t *data
         cdef uint64_t slot
+        cdef Sheet *sheet
         cdef int64_t missing = -1
         out = np.empty(slots.shape[0] * SLOT_BYTES, dtype=np.uint8)
         cdef uint8_t[::1] view = out
@@ -1235,10 +1270,12 @@ cdef class PageFile:
             self._enter()
             for i in range(slots.shape[0]):
                 slot = slots[i]
-                if slot >= self.pages.slots or self.pages.sheets[slot // SHEET_SLOTS].bytes == NULL:
+                sheet = &self.pages.sheets[min(slot, self.pages.slots - 1) // SHEET_SLOTS]
+                # A page that was not checked must not get a right checksum here.
+                if slot >= self.pages.slots or sheet.bytes == NULL or not sheet.checked >> (slot % SHEET_SLOTS) & 1:
                     missing = i
                     break
-                data = self.pages.sheets[slot // SHEET_SLOTS].bytes + (slot % SHEET_SLOTS) * SLOT_BYTES
+                data = sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES
                 (<uint64_t *> data)[0] = _checksum(self.pages, data, slot)
                 memcpy(&view[i * SLOT_BYTES], data, SLOT_BYTES)
             self._leave()
@@ -1248,11 +1285,22 @@ cdef class PageFile:
 
     def written(self, const uint64_t[::1] slots not None):
         cdef int64_t i
+        cdef Sheet *sheet
+        cdef uint64_t *words
+        cdef uint64_t slot
         with nogil:
             self._enter()
             for i in range(slots.shape[0]):
-                if slots[i] < self.pages.slots:
-                    self.pages.sheets[slots[i] // SHEET_SLOTS].dirty &= ~(<uint16_t> (1 << (slots[i] % SHEET_SLOTS)))
+                slot = slots[i]
+                if slot >= self.pages.slots:
+                    continue
+                sheet = &self.pages.sheets[slot // SHEET_SLOTS]
+                if not sheet.dirty >> (slot % SHEET_SLOTS) & 1:
+                    continue
+                words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
+                # A page of this generation may have changed since it was staged, or may yet; the catalog's never do.
+                if not _is_current(self.pages, words + 2) or words[1] >> 56 == KIND_CATALOG:
+                    sheet.dirty &= ~(<uint16_t> (1 << (slot % SHEET_SLOTS)))
             self._leave()
 
     def release(self):
@@ -1268,20 +1316,25 @@ cdef class PageFile:
         cdef Marks marks
         problems = np.zeros((1000, 3), dtype=np.int64)
         cdef int64_t[:, ::1] view = problems
-        if <uint64_t> slots.shape[0] * 64 < self.pages.slots or <uint64_t> blocks.shape[0] * 64 < block_limit:
-            raise ValueError("the bitmaps are too short")
-        if <uint64_t> owners.shape[0] < block_limit + self.pages.slots:
-            raise ValueError("the array of owners is too short")
+        cdef bint short = False
+        if block_limit > BLOCK_LIMIT or <uint64_t> blocks.shape[0] * 64 < block_limit:
+            raise ValueError(f"the bitmap of blocks is too short for {block_limit}")
         memset(&marks, 0, sizeof(marks))
-        marks.slots = &slots[0]
-        marks.blocks = &blocks[0]
-        marks.owners = &owners[0]
+        marks.slots = &slots[0] if slots.shape[0] else NULL
+        marks.blocks = &blocks[0] if blocks.shape[0] else NULL
+        marks.owners = &owners[0] if owners.shape[0] else NULL
         marks.block_limit = block_limit
         marks.problems = &view[0, 0]
         marks.problem_limit = 1000
-        if root > ZERO:
-            with nogil:
-                self._enter()
+        with nogil:
+            self._enter()
+            short = (
+                <uint64_t> slots.shape[0] * 64 < self.pages.slots
+                or <uint64_t> owners.shape[0] < block_limit + self.pages.slots
+            )
+            if root > ZERO and not short:
                 _mark(self.pages, LEVELS - 1, root, 0, family, &marks)
-                self._leave()
+            self._leave()
+        if short:
+            raise ValueError("the bitmap of slots or the array of owners is too short")
         return problems[: min(1000, marks.problem_count)]
