@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 _MASK = (1 << 64) - 1
 _PRIME_1 = 0x9E3779B185EBCA87
@@ -122,3 +125,134 @@ def xxh64(data: bytes, seed: int = 0) -> int:
 def xxh64_blocks(data: bytes, block_bytes: int, seed: int = 0) -> list[int]:
     """XXH64 of each block."""
     return [xxh64(block, seed) for block in blocks(data, block_bytes)]
+
+
+# The pool's trees
+
+Run = tuple[int, int, int]
+# What is mapped, in order: (position, count, entry); 1 for zeros, else the first of consecutive blocks. Never two that
+# could be one.
+Tree = tuple[Run, ...]
+
+POSITIONS = 1 << 35
+_PAGE_BYTES = 1024
+
+
+def _joined(runs: Iterable[Run]) -> Tree:
+    """Runs in order as a tree: those that continue the one before are put together."""
+    out: list[Run] = []
+    for first, count, entry in runs:
+        if out and first == sum(out[-1][:2]) and entry == _entry_in(out[-1], first):
+            out[-1] = (out[-1][0], out[-1][1] + count, out[-1][2])
+        elif count and entry:
+            out.append((first, count, entry))
+    return tuple(out)
+
+
+def _entry_in(run: Run, position: int) -> int:
+    """What a run holds at a position, or would hold behind its end."""
+    return run[2] if run[2] <= 1 else run[2] + position - run[0]
+
+
+def _cut(tree: Tree, first: int, last: int) -> Tree:
+    """What a tree holds from `first` up to `last`."""
+    parts = ((run, max(first, run[0]), min(last, run[0] + run[1])) for run in tree)
+    return tuple((start, stop - start, _entry_in(run, start)) for run, start, stop in parts if start < stop)
+
+
+def _aligned(trees: Sequence[Tree], first: int, last: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """(position, count, what each tree holds at the position), at every border of any of their runs."""
+    edges = {first, last}
+    for tree in trees:
+        for start, count, _ in _cut(tree, first, last):
+            edges |= {start, start + count}
+    borders = sorted(edges)
+    parts = [deque(_cut(tree, first, last)) for tree in trees]
+    for start, stop in pairwise(borders):
+        held = []
+        for part in parts:
+            while part and sum(part[0][:2]) <= start:
+                part.popleft()
+            held.append(_entry_in(part[0], start) if part and part[0][0] <= start else 0)
+        yield start, stop - start, tuple(held)
+
+
+class PageFile:
+    """Trees and other pages of the pool, kept as what they hold. A root is a tree itself."""
+
+    def __init__(self) -> None:
+        self._others: list[tuple[int, bytes]] = []
+
+    def lookup(self, root: Tree, first: int, count: int) -> list[int]:
+        """Entries of `count` positions."""
+        out = [0] * count
+        for start, length, entry in _cut(root, first, first + count):
+            for at in range(start, start + length):
+                out[at - first] = _entry_in((start, length, entry), at)
+        return out
+
+    def assign(self, root: Tree, parent: Tree, first: int, count: int, entry: int) -> tuple[Tree, set[int]]:
+        """The tree with blocks mapped, and the blocks that it lost and the parent does not hold there."""
+        now = _joined([*_cut(root, 0, first), (first, count, entry), *_cut(root, first + count, POSITIONS)])
+        freed = set()
+        for _, length, (was, is_now, beside) in _aligned([root, now, parent], first, first + count):
+            if was > 1 and was not in (is_now, beside):
+                freed |= set(range(was, was + length))
+        return now, freed
+
+    def fill(self, root: Tree, parent: Tree, first: int, count: int, entry: int) -> tuple[Tree, set[int]]:
+        """The tree with a range absent or zero; and blocks, as for `assign`."""
+        return self.assign(root, parent, first, count, entry)
+
+    def difference(self, a: Tree, b: Tree, first: int, last: int, limit: int) -> tuple[list[tuple[int, int]], int]:
+        """Runs of positions at which two trees differ, and where to go on."""
+        out: list[tuple[int, int]] = []
+        for start, count, (one, other) in _aligned([a, b], first, last):
+            if one != other:
+                if out and sum(out[-1]) == start:
+                    out[-1] = (out[-1][0], out[-1][1] + count)
+                elif len(out) == limit:
+                    return out, start
+                else:
+                    out.append((start, count))
+        return out, last
+
+    def runs(self, root: Tree, first: int, last: int, limit: int) -> tuple[list[Run], int]:
+        """What a tree maps, and where to go on."""
+        out = _cut(root, first, last)
+        return list(out[:limit]), out[limit][0] if len(out) > limit else last
+
+    def tally(self, root: Tree) -> int:
+        """How many blocks a tree holds."""
+        return sum(count for _, count, entry in root if entry > 1)
+
+    def exclusive(self, root: Tree, others: Sequence[Tree]) -> set[int]:
+        """Blocks that a tree holds and no other holds at the same position."""
+        out = set()
+        for _, count, (mine, *theirs) in _aligned([root, *others], 0, POSITIONS):
+            if mine > 1 and mine not in theirs:
+                out |= set(range(mine, mine + count))
+        return out
+
+    def prune(self, root: Tree, others: Sequence[Tree]) -> Tree:
+        """What of a tree others hold at the same position; zeros need not be kept, and are not."""
+        return _joined(
+            (start, count, mine)
+            for start, count, (mine, *theirs) in _aligned([root, *others], 0, POSITIONS)
+            if mine > 1 and mine in theirs
+        )
+
+    def put(self, kind: int, payload: bytes) -> int:
+        """A page with other bytes."""
+        self._others.append((kind, payload))
+        return len(self._others) - 1
+
+    def get(self, kind: int, ref: int) -> bytes:
+        """The bytes of such a page, with zeros behind them."""
+        assert self._others[ref][0] == kind
+        return self._others[ref][1].ljust(_PAGE_BYTES, b"\0")
+
+    def stage(self, slot: int, seed: int, generation: int, kind: int, payload: bytes) -> bytes:
+        """The bytes of a slot of the map file."""
+        body = struct.pack("<Q", generation | kind << 56) + payload.ljust(_PAGE_BYTES, b"\0")
+        return struct.pack("<Q", xxh64(body, (seed + slot) & _MASK)) + body
