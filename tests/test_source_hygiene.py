@@ -131,7 +131,7 @@ def described(path: Path) -> dict[str, ast.FunctionDef | ast.ClassDef]:
 
 def defined(path: Path) -> set[str]:
     """The same of a kernel; exceptions, which are not computed, count as described and need no twin."""
-    text = re.sub(r"@property\n\s+def", "", path.read_text(encoding="utf-8"))
+    text = re.sub(r"@(property|\w+\.setter)\n\s+def", "", path.read_text(encoding="utf-8"))
     names: set[str] = set()
     owner = ""
     for indent, _, name in re.findall(r"^( {4})?(def|(?:cdef )?class) (\w+)\b", text, re.MULTILINE):
