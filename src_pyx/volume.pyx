@@ -97,6 +97,9 @@ cdef enum:
     RECORD_MAP = 1
     RECORD_EVENT = 2
     LAST_OF_COMMIT = 1
+    NO_BACKING = -1
+    # An image that a disk reads from, and that is not there.
+    LOST_BACKING = -2
     # EUCLEAN of Linux: "Structure needs cleaning".
     NOT_CONSISTENT = 117
 
@@ -645,7 +648,9 @@ cdef int _read_backing(VolumeState *volume, uint8_t *data, uint64_t size_bytes, 
     cdef uint64_t got = 0
     cdef uint64_t inside = 0
     cdef int code
-    if volume.backing >= 0 and offset < volume.backing_bytes:
+    if volume.backing == LOST_BACKING and offset < volume.backing_bytes:
+        return _trouble(trouble, BACKING_CHANGED, 0, offset)
+    if volume.backing != NO_BACKING and offset < volume.backing_bytes:
         inside = min(size_bytes, volume.backing_bytes - offset)
         code = _get(volume.backing, data, inside, offset, &got)
         if code == 0:
@@ -984,7 +989,7 @@ cdef int _zero_edge(CoreState *core, VolumeState *volume, uint64_t start, uint64
     cdef int result = _look_up(core, volume.root, start // BLOCK_BYTES, 1, &entry, trouble)
     if result < 0:
         return result
-    if entry == ZERO or (entry == ABSENT and volume.backing < 0):
+    if entry == ZERO or (entry == ABSENT and volume.backing == NO_BACKING):
         return 0
     return _write_part(core, volume, ZEROS, start, end, trouble)
 
@@ -994,7 +999,7 @@ cdef int _zero_blocks(CoreState *core, VolumeState *volume, uint64_t first, uint
     cdef Numbers freed
     cdef uint64_t at = first
     cdef uint64_t before
-    cdef uint64_t entry = ZERO if volume.backing >= 0 else ABSENT
+    cdef uint64_t entry = ABSENT if volume.backing == NO_BACKING else ZERO
     cdef int result = 0
     while at < last:
         memset(&freed, 0, sizeof(freed))
@@ -1172,6 +1177,10 @@ cdef class Core:
     @property
     def log_next(self):
         return self.core.log_next
+
+    @property
+    def commit_number(self):
+        return self.core.commit_number
 
     @property
     def log_free_sectors(self):
@@ -1377,7 +1386,7 @@ cdef int _replay(CoreState *core, VolumeState *volume, uint64_t position, uint64
 cdef class Volume:
     def __cinit__(
         self, Core core not None, *, uint64_t root, uint64_t parent, uint64_t size_bytes, uint32_t version,
-        bint writable, bint watched=False, int backing=-1, uint64_t backing_bytes=0, int64_t backing_mtime_ns=0,
+        bint writable, bint watched=False, int backing=NO_BACKING, uint64_t backing_bytes=0, int64_t backing_mtime_ns=0,
     ):
         if size_bytes > MAX_SIZE_BYTES:
             raise ValueError("a volume has at most 128 TiB")
@@ -1408,23 +1417,20 @@ cdef class Volume:
 
     cdef void _unlink(self):
         cdef VolumeState **link
-        if not self.volume.attached:
-            return
         with nogil:
             _lock(self.core.core)
-        self.volume.attached = 0
         link = &self.core.core.volumes
         while link[0] != NULL and link[0] != self.volume:
             link = &link[0].next
         if link[0] != NULL:
             link[0] = self.volume.next
-        pthread_cond_broadcast(&self.core.core.changed)
         _unlock(self.core.core)
 
     def detach(self):
-        self._unlink()
         with nogil:
             _lock(self.core.core)
+            self.volume.attached = 0
+            pthread_cond_broadcast(&self.core.core.changed)
             while self.volume.inside:
                 pthread_cond_wait(&self.core.core.changed, &self.core.core.pages.lock)
             _unlock(self.core.core)

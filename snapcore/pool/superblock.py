@@ -92,7 +92,7 @@ def decode(data: bytes, where: str) -> Superblock | None:
         or not 16 <= copy.log_sectors <= 1 << 32
         or not 2 <= copy.slots <= 1 << 40
         or not 1 <= copy.generation < 1 << 56
-        or not 0 < copy.catalog_bytes <= 1 << 32
+        or not 0 < copy.catalog_bytes <= copy.slots * 1016
         or copy.end_blocks > 1 << 40
         or max(copy.log_next, copy.commit_number) > 1 << 62
         or any(data[_FIELDS.size : -8])
@@ -117,4 +117,4 @@ def read(path: str) -> tuple[Superblock, list[int]]:
     if len({(copy.uuid, copy.log_sectors) for copy in whole}) > 1:
         raise DamagedError(f"{path}: the copies of the superblock are of two pools; restore the pool from a backup")
     damaged = [offset for offset, copy in zip(COPY_OFFSETS, copies, strict=True) if copy is None]
-    return max(whole, key=lambda copy: copy.generation), damaged
+    return max(whole, key=lambda copy: (copy.generation, not copy.clean)), damaged

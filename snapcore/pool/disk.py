@@ -1,0 +1,319 @@
+"""Live disks and their snapshots, as users hold them. Both are thin: the work is in the kernel (`snapcore.volume`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+from snapcore import extents
+from snapcore.blockmap import Failure
+from snapcore.errors import UsageError
+from snapcore.extents import Extents
+from snapcore.pool.engine import Engine
+from snapcore.pool.failures import BLOCK_BYTES, typed
+from snapcore.volume import Volume
+
+if TYPE_CHECKING:
+    from snapcore.pool.pool import Pool, SnapshotRef
+
+Result = TypeVar("Result")
+_RUNS = 1 << 16
+_TRIES = 16
+_WHOLE = 1 << 62
+
+
+class Allocation(NamedTuple):
+    """Where a disk has what: int64 arrays of shape (n, 2), offset and length in bytes, sorted.
+
+    Attributes
+    ----------
+    allocated
+        Blocks of its own or shared.
+    zero
+        Dropped, above an image that the disk reads from.
+    absent
+        Never written: zeros, or what the image has there.
+    """
+
+    allocated: Extents
+    zero: Extents
+    absent: Extents
+
+
+class Readable:
+    """What can be read: a disk or a snapshot. It is a `Source` too, so whatever takes images takes it."""
+
+    def __init__(self, pool: Pool, engine: Engine, volume: Volume) -> None:
+        self.pool = pool
+        self._engine = engine
+        self._volume = volume
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        raise NotImplementedError
+
+    @property
+    def size_bytes(self) -> int:
+        """Its length."""
+        return self._volume.size_bytes
+
+    def _what(self) -> str:
+        return f"{type(self).__name__.lower()} {self.name!r}"
+
+    def _image(self) -> str:
+        backing = self._engine.catalog.versions[self._volume.version].backing
+        return self._engine.catalog.backings[backing].path if backing else ""
+
+    def _do(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Call the kernel; make room and try again where that helps."""
+        for left in range(_TRIES, -1, -1):
+            try:
+                return function(*arguments)
+            except Failure as failure:
+                if left and self._engine.retry(failure):
+                    continue
+                with self._engine.reading():
+                    raise typed(failure, self._engine.folder, self._what(), self._image()) from None
+            except (OverflowError, TypeError) as error:
+                raise UsageError(f"{self._what()}: {error}") from None
+        raise AssertionError
+
+    def pread_into(self, buffer: Buffer, offset_bytes: int) -> int:
+        """Fill a buffer.
+
+        Parameters
+        ----------
+        buffer : writable bytes-like object
+        offset_bytes : int
+
+        Returns
+        -------
+        int
+            Bytes read: less than the buffer only at the end.
+
+        Raises
+        ------
+        ReadError, DamagedError
+            What lies there cannot be read; nothing wrong is handed out.
+        SourceChangedError
+            The image that it reads from was changed.
+        NotFoundError
+            It was deleted meanwhile, or the pool was closed.
+        """
+        view = memoryview(buffer).cast("B")
+        if offset_bytes < 0:
+            raise UsageError(f"{self._what()}: the offset {offset_bytes} is negative")
+        inside = max(0, min(len(view), self.size_bytes - offset_bytes))
+        return self._do(self._volume.pread_into, view[:inside], offset_bytes) if inside else 0
+
+    def pread(self, length_bytes: int, offset_bytes: int) -> bytes:
+        """Bytes at an offset; fewer at the end."""
+        data = bytearray(max(0, min(length_bytes, self.size_bytes - offset_bytes)))
+        self.pread_into(data, offset_bytes)
+        return bytes(data)
+
+    def pread_many(self, offsets_bytes: npt.NDArray[np.int64], buffers: npt.NDArray[np.uint8]) -> int:
+        """Many reads of one length in one call.
+
+        Parameters
+        ----------
+        offsets_bytes : int64 array of shape (n,)
+        buffers : uint8 array of shape (n, length)
+            Row i is filled from offset i; all must lie inside.
+
+        Returns
+        -------
+        int
+            Bytes read.
+        """
+        return self._do(self._volume.pread_many, offsets_bytes, buffers)
+
+    def read_into(self, target: memoryview, offset_bytes: int) -> None:
+        """Fill `target` (as a `Source`)."""
+        if self.pread_into(target, offset_bytes) < len(target):
+            raise UsageError(f"{self._what()}: the range from offset {offset_bytes} on is not all inside of it")
+
+    def check_unchanged(self) -> None:
+        """As a `Source`: a snapshot does not change; who reads a disk that is written takes what comes."""
+
+    def data_extents(self) -> Extents:
+        """Where data may be: int64 array of shape (n, 2), offset and length in bytes."""
+        allocation = self.extents()
+        if self._image():
+            return extents.union(allocation.allocated, allocation.absent)
+        return allocation.allocated
+
+    def extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Allocation:
+        """What is where, from the map alone, in blocks of 4 KiB clipped to the range."""
+        stop = self.size_bytes if length_bytes is None else min(self.size_bytes, offset_bytes + length_bytes)
+        if not 0 <= offset_bytes <= max(stop, 0):
+            raise UsageError(f"{self._what()}: the offset {offset_bytes} is not inside of it")
+        at, last = offset_bytes // BLOCK_BYTES, (stop + BLOCK_BYTES - 1) // BLOCK_BYTES
+        parts = [np.empty((0, 3), dtype=np.int64)]
+        while at < last:
+            runs, at = self._do(self._engine.core.page_file.runs, self._root(), at, last, _RUNS)
+            parts.append(runs)
+        runs = np.concatenate(parts)
+        mapped = runs[:, 2] != 1
+        allocated = extents.clipped(extents.merged(runs[mapped, :2] * BLOCK_BYTES), offset_bytes, stop)
+        zero = extents.clipped(extents.merged(runs[~mapped, :2] * BLOCK_BYTES), offset_bytes, stop)
+        both = extents.union(allocated, zero)
+        absent = extents.clipped(extents.gaps(both, stop), offset_bytes, stop)
+        return Allocation(allocated, zero, absent)
+
+    def _root(self) -> int:
+        return self._volume.root
+
+
+class Snapshot(Readable):
+    """An immutable point in time of a disk.
+
+    Attributes
+    ----------
+    id : str
+        Decimal digits; never used twice in a pool.
+    disk, disk_id : str
+        Of the disk that it was cut from, which may be gone.
+    created_ns : int
+        Since 1970, UTC.
+    group : str or None
+        Id of the group that it was cut in.
+    """
+
+    def __init__(self, pool: Pool, engine: Engine, volume: Volume) -> None:
+        super().__init__(pool, engine, volume)
+        record = engine.catalog.versions[volume.version]
+        self.id = str(record.id)
+        self._name = record.name
+        self.disk = record.disk_name
+        self.disk_id = str(record.disk)
+        self.created_ns = record.created_ns
+        self.group = str(record.group) if record.group else None
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self.id} {self._name!r} of {self.disk!r}>"
+
+    @property
+    def name(self) -> str:
+        """As it was cut; the id where it has none."""
+        return self._name or self.id
+
+    def delete(self) -> None:
+        """Free what only this snapshot holds; no other changes by a byte."""
+        self.pool.delete_snapshot(self)
+
+
+class Disk(Readable):
+    """A live disk: read, written, cut, rolled back and cloned, from many threads at once.
+
+    Attributes
+    ----------
+    id : str
+        Decimal digits; never used twice in a pool.
+    """
+
+    def __init__(self, pool: Pool, engine: Engine, number: int) -> None:
+        super().__init__(pool, engine, engine.versions.volume_of(number))
+        self.id = str(number)
+        self._number = number
+        self._name = engine.catalog.disks[number].name
+
+    def __repr__(self) -> str:
+        return f"<Disk {self.id} {self._name!r}>"
+
+    @property
+    def name(self) -> str:
+        """Unique among the disks of a pool."""
+        record = self._engine.catalog.disks.get(self._number)
+        if record is not None:
+            self._name = record.name
+        return self._name
+
+    def pwrite(self, data: Buffer, offset_bytes: int, *, fua: bool = False) -> int:
+        """Write at any offset and length.
+
+        What overlaps a write that is under way waits for it. With `fua` it is durable when this returns, else after the
+        next `flush`.
+
+        Returns
+        -------
+        int
+            Bytes written, which is all of them.
+
+        Raises
+        ------
+        OutOfSpaceError
+            The pool's limit or the host's space is used up. Blocks of the range hold old or new bytes; nothing else is touched.
+        UsageError
+            The range is not inside the disk.
+        StoreError
+            The pool has stopped writing (see the message), or the medium failed.
+        """
+        try:
+            written = self._volume.pwrite(data, offset_bytes)
+        except (Failure, OverflowError, TypeError, ValueError):
+            written = self._do(self._volume.pwrite, memoryview(data).cast("B"), offset_bytes)
+        if fua:
+            self.flush()
+        return written
+
+    def write_zeroes(self, offset_bytes: int, length_bytes: int) -> None:
+        """Make a range read as zeros; whole blocks in it give their space back. Cost grows with what was there."""
+        self._do(self._volume.zero, offset_bytes, length_bytes)
+
+    def discard(self, offset_bytes: int, length_bytes: int) -> None:
+        """The range is not needed: it reads as zeros from now on, all of it, and gives its space back."""
+        self.write_zeroes(offset_bytes, length_bytes)
+
+    def flush(self) -> None:
+        """Everything that was written before survives a power cut when this returns."""
+        self._engine.commit(f"flushing {self._what()}")
+
+    def snapshot(self, name: str | None = None) -> Snapshot:
+        """Cut a snapshot, in constant time. It holds every write that was handed in before, and survives a power cut."""
+        return self.pool.snapshot_group([self], name)[0]
+
+    def rollback(self, snapshot: SnapshotRef) -> None:
+        """Go back to one of this disk's own snapshots, its size with it. All snapshots stay.
+
+        Raises
+        ------
+        RefusedError
+            The snapshot is another disk's.
+        BusyError
+            Somebody is attached to the disk; the message names them.
+        """
+        self.pool.rollback_disk(self, snapshot)
+
+    def clone(self, name: str) -> Disk:
+        """A new disk with what this one holds now, in constant time, without a snapshot to look after."""
+        return self.pool.create_disk(name, source=self)
+
+    def reset(self) -> None:
+        """Go back to the snapshot or image that the disk came from, or to empty."""
+        self.pool.reset_disk(self)
+
+    def resize(self, size_bytes: int) -> None:
+        """Grow; what is new reads as zeros."""
+        self.pool.resize_disk(self, size_bytes)
+
+    def delete(self) -> None:
+        """Delete the disk; its snapshots stay."""
+        self.pool.delete_disk(self)
+
+    @contextlib.contextmanager
+    def attached(self, holder: str) -> Iterator[None]:
+        """Say who uses the disk: while somebody does, rollback, reset and deletion are refused in their name."""
+        with self.pool.attaching(self, holder):
+            yield
+
+
+def whole_extents(runs: Extents, start: int, stop: int) -> Extents:
+    """Runs of blocks as extents in bytes, clipped."""
+    return extents.clipped(runs * BLOCK_BYTES, start, stop)

@@ -1,0 +1,254 @@
+"""An open pool at work: changes of versions, commits, checkpoints, sweeps, and the thread that does them in time.
+
+Locks, in the order in which they are taken: `_checkpoint_lock`, `_lock` (versions), gates of heads, the kernel's mutex.
+A change of versions is: prepare (may refuse), close gates, log the event, apply it, open gates; then commit. Versions
+that became ghosts are swept only after that commit (DESIGN, Durability, 5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from snapcore.blockmap import Failure
+from snapcore.errors import Error, StoreError, from_os_error
+from snapcore.pool import events
+from snapcore.pool.catalog import Catalog
+from snapcore.pool.failures import LIMIT_REACHED, MAP_NO_SPACE, typed
+from snapcore.pool.files import Files
+from snapcore.pool.recovery import Opened
+from snapcore.volume import Core, LogFull, Volume
+
+Result = TypeVar("Result")
+_KEEPER_PERIOD_S = 0.25
+# How often a change is tried again when others fill the log at the same time.
+_TRIES = 16
+
+
+class Engine:
+    """A pool in memory and its files.
+
+    Attributes
+    ----------
+    limit_bytes : int
+        Of used blocks; 0 is none.
+    """
+
+    def __init__(self, files: Files, opened: Opened, *, read_only: bool, background: bool) -> None:
+        self.files = files
+        self.versions = opened.versions
+        self.core: Core = opened.versions.core
+        self.checkpointer = opened.checkpointer
+        self.read_only = read_only
+        self.limit_bytes = opened.checkpointer.superblock.limit_bytes
+        self.checkpoints = 0
+        self._lock = threading.RLock()
+        self._checkpoint_lock = threading.Lock()
+        self._fresh_ghosts: set[int] = set()
+        self._stop = threading.Event()
+        self._keeper: threading.Thread | None = None
+        if not read_only:
+            self._begin(opened)
+            if background:
+                self._keeper = threading.Thread(target=self._keep, name="snapcore-pool", daemon=True)
+                self._keeper.start()
+
+    def _begin(self, opened: Opened) -> None:
+        """From now on the log counts."""
+        if opened.checkpointer.superblock.clean and not opened.damaged_copies:
+            try:
+                self.checkpointer.reopen(self.versions)
+            except OSError as error:
+                raise from_os_error(error, f"opening the pool {self.files.folder}") from error
+            return
+        if opened.replayed:
+            # A replayed log does not tell which ghosts lost a block to a child.
+            for record in self.catalog.of_kind("ghost"):
+                record.stirred = True
+        self.checkpoint()
+
+    @property
+    def folder(self) -> str:
+        """Of the pool."""
+        return self.files.folder
+
+    @property
+    def catalog(self) -> Catalog:
+        """Records; to be read under `reading`."""
+        return self.versions.catalog
+
+    @contextlib.contextmanager
+    def reading(self, what: str = "") -> Iterator[Catalog]:
+        """Hold versions still, and turn failures into typed errors."""
+        with self._lock:
+            try:
+                yield self.versions.catalog
+            except Failure as failure:
+                raise typed(failure, self.folder, what or self.folder) from None
+
+    def change(self, what: str, prepare: Callable[[Catalog], tuple[events.Event, Sequence[int], Result]]) -> Result:
+        """Change versions durably.
+
+        Parameters
+        ----------
+        what : str
+            For messages.
+        prepare : callable
+            Gets the catalog; returns the event, the disks whose writers must wait, and the result. It is called anew
+            when the log was full.
+        """
+        for _ in range(_TRIES):
+            with self._lock:
+                event, disks, result = prepare(self.catalog)
+                ghosts = self._ghosts_of(event)
+                if self._log_and_apply(event, [self.versions.volume_of(disk) for disk in disks], what):
+                    self._fresh_ghosts |= ghosts
+                    break
+            self.checkpoint()
+        else:
+            raise StoreError(f"{what}: the log of {self.folder} is full each time; try again when less is written")
+        self.commit(what)
+        with self._lock:
+            self._fresh_ghosts -= ghosts
+        return result
+
+    def _ghosts_of(self, event: events.Event) -> set[int]:
+        """Versions that an event makes ghosts."""
+        match event:
+            case events.Delete():
+                return set(event.versions)
+            case events.DeleteDisk() | events.Rehead():
+                return {self.catalog.disks[event.disk].head}
+        return set()
+
+    def _log_and_apply(self, event: events.Event, gates: Sequence[Volume], what: str) -> bool:
+        """False when the log is full."""
+        self.core.close_gates(gates)
+        try:
+            self.core.append_event(events.encode(event))
+            self.versions.apply(event)
+        except LogFull:
+            return False
+        except Failure as failure:
+            raise typed(failure, self.folder, what) from None
+        finally:
+            self.core.open_gates(gates)
+        return True
+
+    def commit(self, what: str) -> None:
+        """Everything that was done before is durable."""
+        for _ in range(_TRIES):
+            try:
+                self.core.commit()
+            except LogFull:
+                self.checkpoint()
+            except Failure as failure:
+                raise typed(failure, self.folder, what) from None
+            else:
+                return
+        raise StoreError(f"{what}: the log of {self.folder} is full each time; try again when less is written")
+
+    def checkpoint(self, *, clean: bool = False) -> None:
+        """Bring the map file up to date; the log begins anew."""
+        what = f"writing a checkpoint of the pool {self.folder}"
+        with self._checkpoint_lock:
+            try:
+                with self._lock:
+                    frozen = self.checkpointer.freeze(self.versions)
+                self.checkpointer.write(self.versions, frozen, self.limit_bytes, clean=clean)
+            except OSError as error:
+                # What is free for good is given back to the host, so that the next one may have more luck.
+                self.core.reclaim()
+                raise from_os_error(error, what) from error
+            except Failure as failure:
+                raise typed(failure, self.folder, what) from None
+            self.checkpoints += 1
+            self.core.reclaim()
+
+    def retry(self, failure: Failure) -> bool:
+        """Make room for a write that had none; whether it is worth trying again."""
+        if isinstance(failure, LogFull):
+            self.checkpoint()
+            return True
+        if failure.result == LIMIT_REACHED and (self.core.held_blocks or self.core.reclaimable):
+            self.sweep()
+            self.commit("making room")
+            self.core.reclaim()
+            return True
+        return False
+
+    def sweep(self) -> None:
+        """Free what only ghosts hold. What the map has no space for stays for the next time."""
+        if self.read_only:
+            return
+        for _ in range(_TRIES):
+            try:
+                if self._sweep_all():
+                    return
+            except Failure as failure:
+                if failure.result == MAP_NO_SPACE:
+                    return
+                raise typed(failure, self.folder, f"sweeping the pool {self.folder}") from None
+            self.checkpoint()
+
+    def _sweep_all(self) -> bool:
+        """False when the log is full."""
+        with self._lock:
+            while waiting := [version for version in self.versions.stirred() if self._may_sweep(version)]:
+                inside, beside = self.catalog.part([waiting[0]])
+                gates = self.versions.heads_beside([*inside, *beside])
+                self.core.close_gates(gates)
+                try:
+                    plan = self.versions.plan_sweep(waiting[0])
+                    try:
+                        self.core.append_event(events.encode(events.Sweep(waiting[0])))
+                    except Failure:
+                        self.versions.drop_plan(plan, waiting[0])
+                        raise
+                    self.versions.sweep(plan)
+                except LogFull:
+                    return False
+                finally:
+                    self.core.open_gates(gates)
+        return True
+
+    def _may_sweep(self, version: int) -> bool:
+        inside, _ = self.catalog.part([version])
+        return not self._fresh_ghosts.intersection(inside)
+
+    def _keep(self) -> None:
+        half = self.checkpointer.superblock.log_sectors // 2
+        while not self._stop.wait(_KEEPER_PERIOD_S):
+            if self.core.failed:
+                continue
+            # A failure shows again, and to somebody, at the next write or flush.
+            with contextlib.suppress(Error, Failure, MemoryError):
+                if self.core.log_free_sectors < half or self.core.pending_bytes > half * 256:
+                    self.sweep()
+                    self.checkpoint()
+                elif self.core.reclaimable:
+                    self.core.reclaim()
+
+    def close(self) -> None:
+        """Make everything durable and let go of the files. After a failure nothing is written."""
+        self._stop.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        for volume in [*self.versions.volumes.values()]:
+            volume.detach()
+        try:
+            if not self.read_only and not self.core.failed:
+                self.sweep()
+                self.checkpoint(clean=True)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the files without writing anything, as a crash would."""
+        self._stop.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        self.versions.close()
+        self.files.close()

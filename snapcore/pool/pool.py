@@ -1,0 +1,618 @@
+"""A pool: live disks on this host that share blocks with their snapshots (docs/DESIGN.md, "The pool")."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+
+import numpy as np
+
+from snapcore import extents
+from snapcore.errors import (
+    BusyError,
+    ExistsError,
+    NotFoundError,
+    RefusedError,
+    UnsupportedFormatError,
+    UsageError,
+    from_os_error,
+)
+from snapcore.extents import Extents
+from snapcore.persist import Medium
+from snapcore.pool import events, files, recovery
+from snapcore.pool.catalog import Backing, Catalog, Version
+from snapcore.pool.checkpoint import first_map
+from snapcore.pool.disk import Disk, Readable, Snapshot
+from snapcore.pool.engine import Engine
+from snapcore.pool.failures import BLOCK_BYTES
+from snapcore.pool.superblock import Superblock, checksum, new_uuid
+from snapcore.pool.usage import PoolUsage, measure
+from snapcore.pool.versions import backing_of
+
+SnapshotRef = Snapshot | str | int
+VersionRef = Snapshot | Disk | str | int
+Source = Snapshot | Disk | str | os.PathLike[str]
+
+MAX_SIZE_BYTES = 1 << 47
+MAX_GROUP = 128
+_LOG_BYTES = 8 << 20
+_CACHE_BYTES = 256 << 20
+_DIFF_RUNS = 1 << 16
+_NAME = re.compile(r"[^\W\d_][^\x00-\x1f/]{0,127}")
+
+
+class Pool:
+    """Live disks in one folder, owned by one process. Made by `create` and `open`; a context manager.
+
+    All methods may be called from many threads. Wherever a snapshot is asked for, the object, its id, or its name will
+    do if only one has it.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._holders: dict[int, Counter[str]] = {}
+        self._holders_lock = threading.Lock()
+        self._readers: dict[int, Snapshot] = {}
+        self._closed = False
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        limit_bytes: int = 0,
+        log_bytes: int = _LOG_BYTES,
+        medium: Medium | None = None,
+        background: bool = True,
+    ) -> Pool:
+        """Make a pool in a folder that is empty or not there, and open it.
+
+        Parameters
+        ----------
+        path : path
+        limit_bytes : int
+            How much disks and snapshots may take on this host together; 0 is no limit but the host's.
+        log_bytes : int
+            Size of the log, 64 KiB at least: a checkpoint comes each time that half of it is used.
+        medium, background
+            As for `open`.
+
+        Raises
+        ------
+        ExistsError, OutOfSpaceError, StoreError, UsageError
+        """
+        if log_bytes < 65536 or log_bytes % 512 or limit_bytes < 0:
+            raise UsageError("a log has at least 65,536 bytes, in whole sectors of 512; a limit is not negative")
+        uuid = new_uuid()
+        seed = int.from_bytes(uuid[:8], "little")
+        map_bytes, ref, catalog = first_map(seed)
+        superblock = Superblock(
+            uuid=uuid,
+            generation=1,
+            log_sectors=log_bytes // files.SECTOR_BYTES,
+            log_next=0,
+            commit_number=1,
+            catalog_ref=ref,
+            catalog_bytes=len(catalog),
+            catalog_xxh64=checksum(catalog, seed),
+            slots=3,
+            end_blocks=0,
+            space_root=0,
+            limit_bytes=limit_bytes // BLOCK_BYTES * BLOCK_BYTES,
+            clean=True,
+        )
+        files.make(os.fspath(path), medium or Medium(), superblock, map_bytes)
+        return cls.open(path, medium=medium, background=background)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        cache_bytes: int = _CACHE_BYTES,
+        medium: Medium | None = None,
+        background: bool = True,
+    ) -> Pool:
+        """Open a pool, recovering what was flushed before a crash.
+
+        Parameters
+        ----------
+        path : path
+        read_only : bool
+            Nothing is written, and others may read it too, while nobody owns it.
+        cache_bytes : int
+            Memory for pages of the maps that are not changed.
+        medium : Medium, optional
+            Does all persistent operations; tests record them.
+        background : bool
+            Checkpoints come in time from a thread of the pool's own. Without it they come when the log is full.
+
+        Raises
+        ------
+        NotFoundError, BusyError, DamagedError, UnsupportedFormatError, ReadError, OutOfSpaceError
+        """
+        if np.little_endian is False:
+            raise UnsupportedFormatError("pools need a little-endian machine")
+        opened_files = files.open_files(os.fspath(path), medium or Medium(), read_only=read_only)
+        try:
+            opened = recovery.open_state(opened_files, cache_bytes)
+            return cls(Engine(opened_files, opened, read_only=read_only, background=background))
+        except OSError as error:
+            opened_files.close()
+            raise from_os_error(error, f"opening the pool {os.fspath(path)}") from error
+        except BaseException:
+            opened_files.close()
+            raise
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush, write a checkpoint and let go. Reads and writes that are under way are waited for."""
+        if not self._closed:
+            self._closed = True
+            for snapshot in self._readers.values():
+                snapshot._volume.detach()
+            self._engine.close()
+
+    @property
+    def path(self) -> str:
+        """The pool's folder."""
+        return self._engine.folder
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was opened so."""
+        return self._engine.read_only
+
+    @property
+    def limit_bytes(self) -> int:
+        """How much disks and snapshots may take together; 0 is no limit. It can be set."""
+        return self._engine.limit_bytes
+
+    @limit_bytes.setter
+    def limit_bytes(self, limit_bytes: int) -> None:
+        if limit_bytes < 0:
+            raise UsageError("a limit is not negative")
+        self._writable("setting the limit")
+        self._engine.limit_bytes = limit_bytes // BLOCK_BYTES * BLOCK_BYTES
+        self._engine.core.limit_blocks = limit_bytes // BLOCK_BYTES
+        self.checkpoint()
+
+    # Finding
+
+    def disks(self) -> list[Disk]:
+        """All live disks, by name."""
+        with self._reading() as catalog:
+            records = sorted(catalog.disks.values(), key=lambda record: record.name)
+            return [Disk(self, self._engine, record.id) for record in records]
+
+    def open_disk(self, name: str) -> Disk:
+        """The disk of a name or id."""
+        with self._reading() as catalog:
+            for record in catalog.disks.values():
+                if name in (record.name, str(record.id)):
+                    return Disk(self, self._engine, record.id)
+        raise NotFoundError(f"there is no disk {name!r} in {self.path}; `snapcore disk list -p {self.path}` shows all")
+
+    def snapshots(self, disk: Disk | str | None = None) -> list[Snapshot]:
+        """All snapshots, or a disk's own, oldest first."""
+        number = None if disk is None else int((disk if isinstance(disk, Disk) else self.open_disk(disk)).id)
+        with self._reading() as catalog:
+            records = [
+                record for record in catalog.of_kind("snapshot") if number is None or record.disk == number
+            ]
+            return [self._snapshot(record) for record in records]
+
+    def snapshot(self, ref: SnapshotRef) -> Snapshot:
+        """The snapshot of an id or of a name that only one has."""
+        with self._reading() as catalog:
+            return self._snapshot(self._find(catalog, ref))
+
+    def _snapshot(self, record: Version) -> Snapshot:
+        found = self._readers.get(record.id)
+        if found is None:
+            volume = self._engine.versions.open_volume(record.id)
+            found = self._readers[record.id] = Snapshot(self, self._engine, volume)
+        return found
+
+    def _find(self, catalog: Catalog, ref: SnapshotRef, disk: int | None = None) -> Version:
+        """A snapshot's record; names of `disk` go first."""
+        if isinstance(ref, Snapshot):
+            if ref.pool is not self:
+                raise UsageError(f"snapshot {ref.name!r} is of another pool")
+            ref = ref.id
+        text = str(ref)
+        if text.isdecimal():
+            record = catalog.versions.get(int(text))
+            if record is not None and record.kind == "snapshot":
+                return record
+        named = [record for record in catalog.of_kind("snapshot") if record.name == text]
+        named = [record for record in named if record.disk == disk] or named
+        if len(named) == 1:
+            return named[0]
+        if named:
+            ids = ", ".join(f"{record.id} (of {record.disk_name})" for record in named)
+            raise UsageError(f"several snapshots are called {text!r}: {ids}; name one by its id")
+        raise NotFoundError(
+            f"there is no snapshot {text!r} in {self.path}; `snapcore snapshot list -p {self.path}` shows all"
+        )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Catalog]:
+        if self._closed:
+            raise NotFoundError(f"the pool {self.path} is closed")
+        with self._engine.reading() as catalog:
+            yield catalog
+
+    def _writable(self, doing: str) -> None:
+        if self._closed:
+            raise NotFoundError(f"{doing}: the pool {self.path} is closed")
+        if self._engine.read_only:
+            raise RefusedError(f"{doing}: the pool {self.path} was opened for reading only")
+
+    # Making
+
+    def create_disk(self, name: str, size_bytes: int | None = None, source: Source | None = None) -> Disk:
+        """Make a disk, in constant time.
+
+        Parameters
+        ----------
+        name : str
+            Unique; a letter first.
+        size_bytes : int, optional
+            By default that of the source.
+        source : Snapshot, Disk, str or path, optional
+            Nothing: an empty disk. A snapshot or a disk (the object, id or name): what it holds now. A path object or a
+            str with the path of a raw image: the disk reads from the image what it has not got itself, so the image must
+            stay where and as it is; `import_image` copies instead.
+
+        Raises
+        ------
+        ExistsError
+            There is a disk of that name.
+        UsageError
+            No size, or one smaller than the source.
+        """
+        self._writable(f"making disk {name!r}")
+        found = self._source(source)
+        if isinstance(found, Disk):
+            return self._clone(found, name, size_bytes)
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], int]:
+            self._check_new_name(catalog, name)
+            number, version = catalog.next_id, catalog.next_id + 1
+            parent, backing, least = 0, None, 0
+            if isinstance(found, Snapshot):
+                record = self._find(catalog, found)
+                parent, least = record.id, record.size_bytes
+            elif found is not None:
+                backing = self._backing(found, catalog.next_id + 2)
+                least = backing.size_bytes
+            size = _checked_size(name, size_bytes, least, None if found is None else str(source))
+            event = events.MakeDisk(number, version, name, size, time.time_ns(), parent, backing)
+            return event, [], number
+
+        number = self._engine.change(f"making disk {name!r}", prepare)
+        return Disk(self, self._engine, number)
+
+    def _source(self, source: Source | None) -> Snapshot | Disk | str | None:
+        """A snapshot, a disk, or the path of an image."""
+        if source is None or isinstance(source, (Snapshot, Disk)):
+            return source
+        if not isinstance(source, str):
+            return os.fspath(source)
+        with contextlib.suppress(NotFoundError):
+            return self.snapshot(source)
+        with contextlib.suppress(NotFoundError):
+            return self.open_disk(source)
+        if os.path.exists(source):
+            return source
+        raise NotFoundError(f"there is no snapshot, disk or image {source!r}")
+
+    def _backing(self, path: str, number: int) -> Backing:
+        try:
+            return backing_of(path, number)
+        except OSError as error:
+            raise from_os_error(error, f"opening the image {path}") from error
+
+    def _check_new_name(self, catalog: Catalog, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r} is no name for a disk: a letter first, at most 128 characters, no slash")
+        if any(record.name == name for record in catalog.disks.values()):
+            raise ExistsError(f"there is a disk {name!r} in {self.path} already; choose another name")
+
+    def _clone(self, source: Disk, name: str, size_bytes: int | None) -> Disk:
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], int]:
+            self._check_new_name(catalog, name)
+            record = catalog.disks[self._number(catalog, source)]
+            size = _checked_size(name, size_bytes, catalog.versions[record.head].size_bytes, source.name)
+            number = catalog.next_id
+            event = events.Clone(record.id, number + 1, number, number + 2, name, time.time_ns(), size)
+            return event, [record.id], number
+
+        number = self._engine.change(f"cloning disk {source.name!r}", prepare)
+        return Disk(self, self._engine, number)
+
+    def _number(self, catalog: Catalog, disk: Disk) -> int:
+        if disk.pool is not self:
+            raise UsageError(f"disk {disk.name!r} is of another pool")
+        if int(disk.id) not in catalog.disks:
+            raise NotFoundError(f"disk {disk.name!r} was deleted")
+        return int(disk.id)
+
+    def snapshot_group(self, disks: Sequence[Disk | str], name: str | None = None) -> list[Snapshot]:
+        """Snapshots of several disks at one instant: no write that came after one that is missing is in any of them.
+
+        All or nothing, and durable when this returns. Writers wait while the cut is made in memory, readers do not.
+
+        Parameters
+        ----------
+        disks : sequence of Disk or str
+            At most 128.
+        name : str, optional
+            Of each of the snapshots, and of the group when there are several.
+
+        Returns
+        -------
+        list of Snapshot
+            In the order of `disks`.
+        """
+        found = [disk if isinstance(disk, Disk) else self.open_disk(disk) for disk in disks]
+        what = "cutting " + ", ".join(repr(disk.name) for disk in found[:3]) + (", …" if len(found) > 3 else "")
+        self._writable(what)
+        if not 1 <= len(found) <= MAX_GROUP or len({disk.id for disk in found}) < len(found):
+            raise UsageError(f"a group has 1 to {MAX_GROUP} disks, each once")
+        if name is not None and not _NAME.fullmatch(name):
+            raise UsageError(f"{name!r} is no name for a snapshot: a letter first, at most 128 characters, no slash")
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], list[int]]:
+            numbers = [self._number(catalog, disk) for disk in found]
+            for number in numbers:
+                self._check_snapshot_name(catalog, number, name)
+            first = catalog.next_id + 1
+            versions = [first + i for i in range(len(numbers))]
+            cuts = [(number, version, name or "") for number, version in zip(numbers, versions, strict=True)]
+            group = catalog.next_id if len(numbers) > 1 else 0
+            return events.Cut(cuts, time.time_ns(), group, (name or "") if group else ""), numbers, versions
+
+        versions = self._engine.change(what, prepare)
+        with self._reading() as catalog:
+            return [self._snapshot(catalog.versions[version]) for version in versions]
+
+    def _check_snapshot_name(self, catalog: Catalog, disk: int, name: str | None) -> None:
+        for record in catalog.of_kind("snapshot") if name is not None else ():
+            if record.disk == disk and record.name == name:
+                raise ExistsError(f"disk {record.disk_name!r} has a snapshot {name!r} already; choose another name")
+
+    # Changing
+
+    def rollback_disk(self, disk: Disk, snapshot: SnapshotRef) -> None:
+        """What `Disk.rollback` does."""
+        self._writable(f"rolling back disk {disk.name!r}")
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+            number = self._number(catalog, disk)
+            self._check_free(number, f"rolling back disk {disk.name!r}")
+            record = self._find(catalog, snapshot, number)
+            if record.disk != number:
+                raise RefusedError(
+                    f"snapshot {record.name or record.id} is of disk {record.disk_name!r}, not of {disk.name!r}; "
+                    "make a new disk from it instead"
+                )
+            event = events.Rehead(number, catalog.next_id, record.id, record.size_bytes, record.backing)
+            return event, [number], None
+
+        self._engine.change(f"rolling back disk {disk.name!r}", prepare)
+        self._engine.sweep()
+
+    def reset_disk(self, disk: Disk) -> None:
+        """What `Disk.reset` does."""
+        self._writable(f"resetting disk {disk.name!r}")
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+            number = self._number(catalog, disk)
+            self._check_free(number, f"resetting disk {disk.name!r}")
+            record = catalog.disks[number]
+            size = catalog.versions[record.head].size_bytes
+            parent = backing = 0
+            if record.origin_kind == "disk":
+                raise RefusedError(
+                    f"disk {disk.name!r} is a clone of a live disk, of which no snapshot was kept; "
+                    "clone from a snapshot to be able to reset"
+                )
+            if record.origin_kind == "snapshot":
+                origin = catalog.versions.get(record.origin)
+                if origin is None or origin.kind != "snapshot":
+                    raise RefusedError(f"the snapshot {record.origin} that disk {disk.name!r} came from was deleted")
+                parent, backing = origin.id, origin.backing
+            elif record.origin_kind == "image":
+                backing = record.origin
+            return events.Rehead(number, catalog.next_id, parent, size, backing), [number], None
+
+        self._engine.change(f"resetting disk {disk.name!r}", prepare)
+        self._engine.sweep()
+
+    def resize_disk(self, disk: Disk, size_bytes: int) -> None:
+        """What `Disk.resize` does."""
+        self._writable(f"resizing disk {disk.name!r}")
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+            number = self._number(catalog, disk)
+            least = catalog.versions[catalog.disks[number].head].size_bytes
+            size = _checked_size(disk.name, size_bytes, least, "itself: disks only grow")
+            return events.Resize(number, size), [number], None
+
+        # The last block may hold bytes behind the old end only if they are zero, and they are: nobody could write there.
+        self._engine.change(f"resizing disk {disk.name!r}", prepare)
+
+    def rename_disk(self, disk: Disk, name: str) -> None:
+        """Give a disk another name; its snapshots remember the one that it had."""
+        self._writable(f"renaming disk {disk.name!r}")
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+            self._check_new_name(catalog, name)
+            return events.Rename(self._number(catalog, disk), name), [], None
+
+        self._engine.change(f"renaming disk {disk.name!r}", prepare)
+
+    # Deleting
+
+    def delete_disk(self, disk: Disk | str) -> None:
+        """Delete a disk (the object, id or name); its snapshots stay, and remember it."""
+        found = disk if isinstance(disk, Disk) else self.open_disk(disk)
+        self._writable(f"deleting disk {found.name!r}")
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+            number = self._number(catalog, found)
+            self._check_free(number, f"deleting disk {found.name!r}")
+            return events.DeleteDisk(number), [number], None
+
+        self._engine.change(f"deleting disk {found.name!r}", prepare)
+        self._engine.sweep()
+
+    def delete_snapshot(self, snapshot: SnapshotRef) -> None:
+        """Delete a snapshot, the first, a middle or the last one: what only it holds is freed, nothing else changes."""
+        self.delete_snapshots([snapshot])
+
+    def delete_snapshots(self, snapshots: Iterable[SnapshotRef]) -> None:
+        """Delete several at once, all or nothing."""
+        refs = [*snapshots]
+        self._writable("deleting snapshots")
+        if not refs:
+            return
+
+        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], list[int]]:
+            versions = sorted({self._find(catalog, ref).id for ref in refs})
+            beside = catalog.part(versions)[1]
+            heads = {catalog.versions[version].disk for version in beside if catalog.versions[version].kind == "head"}
+            return events.Delete(versions), sorted(heads), versions
+
+        versions = self._engine.change("deleting snapshots", prepare)
+        for version in versions:
+            reader = self._readers.pop(version, None)
+            if reader is not None:
+                reader._volume.detach()
+        self._engine.sweep()
+
+    # Asking
+
+    def diff(self, a: VersionRef | None, b: VersionRef, start: int = 0, stop: int | None = None) -> Extents:
+        """Where two versions of a family differ, from the map alone; exact to the block of 4 KiB.
+
+        Parameters
+        ----------
+        a, b : Snapshot, Disk, or the id or name of one
+            `a` None: everything that `b` has.
+        start, stop : int
+            Only this part, in bytes.
+
+        Returns
+        -------
+        int64 array of shape (n, 2)
+            Offset and length in bytes, sorted.
+        """
+        return extents.merged(np.concatenate([np.empty((0, 2), np.int64), *self.diff_parts(a, b, start, stop)]))
+
+    def diff_parts(
+        self, a: VersionRef | None, b: VersionRef, start: int = 0, stop: int | None = None
+    ) -> Iterator[Extents]:
+        """`diff` in parts of at most 65,536 extents, which take no more memory than that; go on at any `start`."""
+        one = None if a is None else self._version(a)
+        two = self._version(b)
+        end = max(two.size_bytes, one.size_bytes if one is not None else 0)
+        end = end if stop is None else min(end, stop)
+        with self._reading() as catalog:
+            if one is not None and catalog.family(_at(one)) != catalog.family(_at(two)):
+                raise UsageError(f"{one.name!r} and {two.name!r} are of no common origin; compare what they hold instead")
+        at, last = start // BLOCK_BYTES, (end + BLOCK_BYTES - 1) // BLOCK_BYTES
+        pages = self._engine.core.page_file
+        while at < last:
+            with self._reading():
+                root = one._root() if one is not None else 0
+                runs, at = pages.difference(root, two._root(), at, last, _DIFF_RUNS)
+            yield extents.clipped(runs * BLOCK_BYTES, start, end)
+
+    def _version(self, ref: VersionRef) -> Readable:
+        if isinstance(ref, (Snapshot, Disk)):
+            if ref.pool is not self:
+                raise UsageError(f"{ref.name!r} is of another pool")
+            return ref
+        with contextlib.suppress(NotFoundError):
+            return self.snapshot(ref)
+        with contextlib.suppress(NotFoundError):
+            return self.open_disk(str(ref))
+        raise NotFoundError(f"there is no snapshot or disk {ref!r} in {self.path}")
+
+    def usage(self) -> PoolUsage:
+        """What disks, snapshots and the pool take. Cost grows with what each version has of its own."""
+        with self._reading():
+            self._engine.sweep()
+            return measure(self._engine)
+
+    def unique_bytes(self, versions: Iterable[VersionRef]) -> int:
+        """What would be free if all of these were deleted."""
+        found = [self._version(ref) for ref in versions]
+        with self._reading():
+            self._engine.sweep()
+            return self._engine.versions.unique_blocks([_at(version) for version in found]) * BLOCK_BYTES
+
+    def flush(self) -> None:
+        """Everything that was written to any disk before survives a power cut when this returns."""
+        self._writable("flushing")
+        self._engine.commit("flushing")
+
+    def checkpoint(self) -> None:
+        """Write the maps, free what is free for good, and begin the log anew. Comes by itself in time."""
+        self._writable("writing a checkpoint")
+        self._engine.sweep()
+        self._engine.checkpoint()
+
+    # Who uses a disk
+
+    @contextlib.contextmanager
+    def attaching(self, disk: Disk, holder: str) -> Iterator[None]:
+        """What `Disk.attached` does."""
+        number = int(disk.id)
+        with self._holders_lock:
+            self._holders.setdefault(number, Counter())[holder] += 1
+        try:
+            yield
+        finally:
+            with self._holders_lock:
+                self._holders[number][holder] -= 1
+                self._holders[number] += Counter()
+
+    def _check_free(self, disk: int, doing: str) -> None:
+        with self._holders_lock:
+            holders = sorted(self._holders.get(disk, ()))
+        if holders:
+            raise BusyError(f"{doing}: it is in use by {', '.join(holders)}; disconnect there first")
+
+
+def _at(version: Readable) -> int:
+    return version._volume.version
+
+
+def _checked_size(name: str, size_bytes: int | None, least: int, source: str | None) -> int:
+    if size_bytes is None:
+        if source is None:
+            raise UsageError(f"disk {name!r} needs a size")
+        return least
+    if not 0 < size_bytes <= MAX_SIZE_BYTES:
+        raise UsageError(f"disk {name!r}: a size is 1 to {MAX_SIZE_BYTES} bytes, not {size_bytes}")
+    if size_bytes < least:
+        raise UsageError(f"disk {name!r}: {size_bytes} bytes are less than the {least} of {source}")
+    return size_bytes
