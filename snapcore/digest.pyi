@@ -23,7 +23,7 @@ def xxh64_blocks(data: Buffer, block_bytes: int, seed: int = 0) -> npt.NDArray[n
 def read_blocks(
     descriptor: int, offset: int, size_bytes: int, block_bytes: int, seed: int, space: Buffer
 ) -> tuple[int, int, npt.NDArray[np.uint64], npt.NDArray[np.bool]]:
-    """Read a range of a file in windows that stay in the processor's cache, with the XXH64 of each block.
+    """Read a range of a file, and tell the XXH64 of each block while it is in the processor's cache.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def read_blocks(
         A power of two from 512 on. The last block may be short; it counts as filled up with zeros.
     seed : int
     space : writable contiguous bytes-like object
-        A block long at least. Holds all of the range afterwards where that fits, else some last part of it.
+        As long as all blocks; holds them afterwards.
 
     Returns
     -------

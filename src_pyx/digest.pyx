@@ -144,30 +144,27 @@ cdef inline bint _is_zero(const uint8_t *data, size_t size_bytes) noexcept nogil
 
 cdef int64_t read_each(
     int descriptor, int64_t offset, int64_t size_bytes, int64_t block_bytes, uint64_t seed,
-    uint8_t *space, int64_t space_bytes, uint64_t *digests, uint8_t *zeros, int *code
+    uint8_t *space, uint64_t *digests, uint8_t *zeros, int *code
 ) noexcept nogil:
     cdef int64_t done = 0
-    cdef int64_t place = 0
     cdef int64_t window_bytes = max(block_bytes, <int64_t>WINDOW_BYTES)
     cdef int64_t length, got, at
     while done < size_bytes:
-        if place == space_bytes:
-            place = 0
-        length = min(min(window_bytes, space_bytes - place), size_bytes - done)
-        got = _read_all(descriptor, space + place, length, offset + done, code)
+        length = min(window_bytes, size_bytes - done)
+        got = _read_all(descriptor, space, length, offset + done, code)
         if got < length:
             return done + got
         done += length
         at = 0
         while at < length:
             if length - at < block_bytes:
-                memset(space + place + length, 0, block_bytes - (length - at))
-            zeros[0] = _is_zero(space + place + at, block_bytes)
-            digests[0] = xxh64_of(space + place + at, block_bytes, seed)
+                memset(space + length, 0, block_bytes - (length - at))
+            zeros[0] = _is_zero(space + at, block_bytes)
+            digests[0] = xxh64_of(space + at, block_bytes, seed)
             zeros += 1
             digests += 1
             at += block_bytes
-        place += at
+        space += at
     return done
 
 
@@ -178,10 +175,9 @@ def read_blocks(
         raise ValueError(f"block_bytes must be a power of two from 512 on, not {block_bytes}")
     if offset < 0 or size_bytes < 0 or size_bytes > (<int64_t>1 << 62):
         raise ValueError(f"{size_bytes} bytes from offset {offset} on are no range of a file")
-    cdef int64_t space_bytes = space.shape[0] // block_bytes * block_bytes
-    if space_bytes == 0:
-        raise ValueError(f"{space.shape[0]} bytes of space hold no block of {block_bytes}")
     cdef int64_t blocks = (size_bytes + block_bytes - 1) // block_bytes
+    if space.shape[0] < blocks * block_bytes:
+        raise ValueError(f"{space.shape[0]} bytes of space hold no {blocks} blocks of {block_bytes}")
     cdef int64_t done = 0
     cdef int code = 0
     prints = np.empty(blocks, dtype=np.uint64)
@@ -192,6 +188,6 @@ def read_blocks(
         with nogil:
             done = read_each(
                 descriptor, offset, size_bytes, block_bytes, seed,
-                &space[0], space_bytes, &digests[0], &zeros[0], &code,
+                &space[0], &digests[0], &zeros[0], &code,
             )
     return done, code, prints, zero

@@ -28,9 +28,6 @@ from snapcore.repository.tree import FANOUT, Node, Root
 from snapcore.source import Source
 from snapcore.source.interface import BlockSource
 
-# Where nothing changed, a span is looked at through memory that stays in the second-level cache.
-_WINDOW_BYTES = 256 << 10
-
 Mask = npt.NDArray[np.bool]
 
 
@@ -122,30 +119,17 @@ class Reading:
 
     def _load(self, offset_bytes: int, length_bytes: int) -> tuple[memoryview, Fingerprints, Mask]:
         """The chunks of a range as bytes, valid until the next call, their fingerprints, and which are zero."""
-        view = self._space(-(-length_bytes // self._chunk_bytes) * self._chunk_bytes)
-        return view, *self._digests(view, offset_bytes, length_bytes)
-
-    def _glance(self, span: Span) -> tuple[Fingerprints, Mask]:
-        """Fingerprints of a span's chunks, and which are zero; their bytes need not be kept."""
-        if self._blocks is None:
-            return self._load(span.offset_bytes, span.length_bytes)[1:]
-        window = self._space(max(_WINDOW_BYTES, self._chunk_bytes))
-        return self._digests(window, span.offset_bytes, span.length_bytes)
-
-    def _digests(self, target: memoryview, offset_bytes: int, length_bytes: int) -> tuple[Fingerprints, Mask]:
-        """Read a range of the source: its chunks' fingerprints, and which are zero. A source that cannot digest while
-        it reads fills `target`, so the range must fit it."""
+        size = self._chunk_bytes
+        view = self._space(-(-length_bytes // size) * size)
         if self._blocks is not None:
-            prints, zero = self._blocks.read_blocks(
-                target, offset_bytes, length_bytes, self._chunk_bytes, self._hints.seed
-            )
+            prints, zero = self._blocks.read_blocks(view, offset_bytes, length_bytes, size, self._hints.seed)
         else:
-            self._source.read_into(target[:length_bytes], offset_bytes)
-            target[length_bytes:] = bytes(len(target) - length_bytes)
-            prints = digest.xxh64_blocks(target, self._chunk_bytes, self._hints.seed)
-            zero = scan.zero_mask(target, self._chunk_bytes).view(np.bool)
+            self._source.read_into(view[:length_bytes], offset_bytes)
+            view[length_bytes:] = bytes(len(view) - length_bytes)
+            prints = digest.xxh64_blocks(view, size, self._hints.seed)
+            zero = scan.zero_mask(view, size).view(np.bool)
         prints[zero] = 0
-        return prints, zero
+        return view, prints, zero
 
     def _space(self, length_bytes: int) -> memoryview:
         """Memory of this thread."""
@@ -155,43 +139,18 @@ class Reading:
         return space[:length_bytes]
 
     def _read(self, span: Span) -> Outcome:
-        first = span.offset_bytes // self._chunk_bytes
-        count = -(-span.length_bytes // self._chunk_bytes)
-        suspect = self._suspect_mask(first, count)
-        if not self._trusted:
-            nothing = np.zeros(count, dtype=np.uint64)
-            return self._compare(span, 0, count, nothing.copy(), nothing, suspect)
-        known = self._hints.read(first, count)
-        prints, zero = self._glance(span)
-        open_slots = np.flatnonzero(~self._unchanged(first, prints, zero, known, suspect))
-        if len(open_slots) == 0:
-            return Outcome(span, None, prints, 0, 0, [])
-        return self._compare(span, int(open_slots[0]), int(open_slots[-1]) + 1, prints, known, suspect)
-
-    def _unchanged(self, first: int, prints: Fingerprints, zero: Mask, known: Fingerprints, suspect: Mask) -> Mask:
-        """Which chunks are what they were in the parent."""
-        same: Mask = (prints == known) & (prints != 0) & ~suspect
-        # Without a fingerprint: zero in the parent too, or not known.
-        quiet = zero & (known == 0) & ~suspect
-        if quiet.any():
-            same |= quiet & ~self.parent_ids(first, len(prints)).any(axis=1)
-        return same
-
-    def _compare(
-        self, span: Span, low: int, high: int, prints: Fingerprints, known: Fingerprints, suspect: Mask
-    ) -> Outcome:
-        """Read the chunks from `low` up to `high` of a span, and store those that differ by their content id."""
+        data, prints, zero = self._load(span.offset_bytes, span.length_bytes)
         size = self._chunk_bytes
-        start, stop = low * size, min(high * size, span.length_bytes)
-        data, found, zero = self._load(span.offset_bytes + start, stop - start)
-        # What is stored is what was read now: the source may have changed since it was glanced at.
-        prints[low:high] = found
-        old = self.parent_ids(span.offset_bytes // size, len(prints))
+        first, count = span.offset_bytes // size, len(prints)
+        suspect = self._suspect_mask(first, count)
+        same = self._unchanged(first, prints, zero) & ~suspect
+        if same.all():
+            return Outcome(span, None, prints, 0, 0, [])
+        old = self.parent_ids(first, count)
         ids = old.copy()
-        ids[low:high][zero] = 0
-        same = (found == known[low:high]) & (found != 0) & ~suspect[low:high]
-        open_slots = (low + np.flatnonzero(~same & ~zero)).tolist()
-        plains = {slot: data[(slot - low) * size : (slot - low + 1) * size] for slot in open_slots}
+        ids[zero] = 0
+        open_slots = np.flatnonzero(~same & ~zero).tolist()
+        plains = {slot: data[slot * size : (slot + 1) * size] for slot in open_slots}
         chunk_ids = b"".join(map(self._objects.domain.chunk_id, plains.values()))
         ids[open_slots] = np.frombuffer(chunk_ids, dtype=np.uint8).reshape(-1, ID_BYTES)
         changed = (ids != old).any(axis=1)
@@ -199,6 +158,18 @@ class Reading:
         records = self._records(plains, ids, old, new)
         more = int(ids.any(axis=1).sum()) - int(old.any(axis=1).sum())
         return Outcome(span, ids, prints, int(changed.sum()), more, records)
+
+    def _unchanged(self, first: int, prints: Fingerprints, zero: Mask) -> Mask:
+        """Which chunks are known to be what they were in the parent without a look at their content ids."""
+        if not self._trusted:
+            return np.zeros(len(prints), dtype=np.bool)
+        known = self._hints.read(first, len(prints))
+        same: Mask = (prints == known) & (prints != 0)
+        quiet = zero & (known == 0)
+        # Without a fingerprint: zero in the parent too, or not known.
+        if (same | quiet).all() and quiet.any():
+            same |= quiet & ~self.parent_ids(first, len(prints)).any(axis=1)
+        return same
 
     def _records(self, plains: dict[int, memoryview], ids: Node, old: Node, slots: list[int]) -> list[Record]:
         places = self._objects.index.find_many(ids_of(ids[slots].tobytes()))

@@ -51,6 +51,5 @@ class BlockSource(Source, Protocol):
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool]]:
         """XXH64 of each block of a range, filled up with zeros at its end, and whether it is all zero.
 
-        `target` holds the range afterwards where it is long enough; else it is space to work in, of a block at least.
-        Raises what `read_into` raises.
+        `target` is as long as the blocks and holds them afterwards. Raises what `read_into` raises.
         """
