@@ -1,18 +1,20 @@
-"""Block fingerprints: XXH64 of every block of a span in one call without the GIL.
+"""Block fingerprints: XXH64 of every block of a span, of memory or of a file, in one call without the GIL.
 
 The algorithm is that of the xxHash specification (doc/xxhash_spec.md of the xxHash project, "XXH64
 algorithm description"); the `xxhash` package is its oracle in the tests. A fingerprint is a change hint
 and never an identity: identity is keyed BLAKE3 (snapcore/repository/domain.py).
 """
 
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 import numpy as np
 
 cdef extern from *:
     """
     #include <stdint.h>
+    #include <unistd.h>
     #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
     #define snapcore_le64(x) __builtin_bswap64(x)
     #define snapcore_le32(x) __builtin_bswap32(x)
@@ -23,6 +25,11 @@ cdef extern from *:
     """
     uint64_t snapcore_le64(uint64_t value) noexcept nogil
     uint32_t snapcore_le32(uint32_t value) noexcept nogil
+    ssize_t pread(int descriptor, void *target, size_t size_bytes, int64_t offset) noexcept nogil
+
+# What is read at once stays in the second-level cache until it is digested.
+cdef enum:
+    WINDOW_BYTES = 256 << 10
 
 cdef uint64_t PRIME_1 = 0x9E3779B185EBCA87
 cdef uint64_t PRIME_2 = 0xC2B2AE3D27D4EB4F
@@ -111,3 +118,76 @@ def xxh64_blocks(const uint8_t[::1] data not None, int64_t block_bytes, uint64_t
         with nogil:
             xxh64_each(&data[0], data.shape[0], block_bytes, seed, &digests[0])
     return out
+
+
+cdef int64_t _read_all(
+    int descriptor, uint8_t *target, int64_t size_bytes, int64_t offset, int *code
+) noexcept nogil:
+    # How many bytes were read: fewer at the end of the file, and where the system gives an error; then it is in `code`.
+    cdef int64_t done = 0
+    cdef ssize_t count
+    while done < size_bytes:
+        count = pread(descriptor, target + done, size_bytes - done, offset + done)
+        if count > 0:
+            done += count
+        elif count == 0:
+            break
+        elif errno != EINTR:
+            code[0] = errno
+            break
+    return done
+
+
+cdef inline bint _is_zero(const uint8_t *data, size_t size_bytes) noexcept nogil:
+    return data[0] == 0 and memcmp(data, data + 1, size_bytes - 1) == 0
+
+
+cdef int64_t read_each(
+    int descriptor, int64_t offset, int64_t size_bytes, int64_t block_bytes, uint64_t seed,
+    uint8_t *space, uint64_t *digests, uint8_t *zeros, int *code
+) noexcept nogil:
+    cdef int64_t done = 0
+    cdef int64_t window_bytes = max(block_bytes, <int64_t>WINDOW_BYTES)
+    cdef int64_t length, got, at
+    while done < size_bytes:
+        length = min(window_bytes, size_bytes - done)
+        got = _read_all(descriptor, space, length, offset + done, code)
+        if got < length:
+            return done + got
+        done += length
+        at = 0
+        while at < length:
+            if length - at < block_bytes:
+                memset(space + length, 0, block_bytes - (length - at))
+            zeros[0] = _is_zero(space + at, block_bytes)
+            digests[0] = xxh64_of(space + at, block_bytes, seed)
+            zeros += 1
+            digests += 1
+            at += block_bytes
+        space += at
+    return done
+
+
+def read_blocks(
+    int descriptor, int64_t offset, int64_t size_bytes, int64_t block_bytes, uint64_t seed, uint8_t[::1] space not None
+):
+    if block_bytes < 512 or block_bytes & (block_bytes - 1):
+        raise ValueError(f"block_bytes must be a power of two from 512 on, not {block_bytes}")
+    if offset < 0 or size_bytes < 0 or size_bytes > (<int64_t>1 << 62):
+        raise ValueError(f"{size_bytes} bytes from offset {offset} on are no range of a file")
+    cdef int64_t blocks = (size_bytes + block_bytes - 1) // block_bytes
+    if space.shape[0] < blocks * block_bytes:
+        raise ValueError(f"{space.shape[0]} bytes of space hold no {blocks} blocks of {block_bytes}")
+    cdef int64_t done = 0
+    cdef int code = 0
+    prints = np.empty(blocks, dtype=np.uint64)
+    zero = np.empty(blocks, dtype=np.bool)
+    cdef uint64_t[::1] digests = prints
+    cdef uint8_t[::1] zeros = zero.view(np.uint8)
+    if blocks:
+        with nogil:
+            done = read_each(
+                descriptor, offset, size_bytes, block_bytes, seed,
+                &space[0], &digests[0], &zeros[0], &code,
+            )
+    return done, code, prints, zero

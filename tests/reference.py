@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 _MASK = (1 << 64) - 1
 _PRIME_1 = 0x9E3779B185EBCA87
@@ -125,6 +125,128 @@ def xxh64(data: bytes, seed: int = 0) -> int:
 def xxh64_blocks(data: bytes, block_bytes: int, seed: int = 0) -> list[int]:
     """XXH64 of each block."""
     return [xxh64(block, seed) for block in blocks(data, block_bytes)]
+
+
+def read_blocks(data: bytes, offset: int, size_bytes: int, block_bytes: int, seed: int) -> list[tuple[int, bool]]:
+    """XXH64 of each block of a range of a file that holds `data`, and whether it is zero; the last one is filled up."""
+    whole = (block.ljust(block_bytes, b"\0") for block in blocks(data[offset : offset + size_bytes], block_bytes))
+    return [(xxh64(block, seed), not any(block)) for block in whole]
+
+
+def lz4_hash(data: bytes, at: int) -> int:
+    """Fourteen bits of the six bytes at a place."""
+    word = int.from_bytes(data[at : at + 6], "little")
+    return ((word << 16) * 227718039650203 & _MASK) >> 50
+
+
+def lz4_sequence(literals: bytes, distance: int, length: int) -> bytes:
+    """One sequence of an LZ4 block; without a match where `length` is zero."""
+    short, match = min(len(literals), 15), min(max(length - 4, 0), 15)
+    out = bytes([short << 4 | match])
+    if short == 15:
+        out += b"\xff" * ((len(literals) - 15) // 255) + bytes([(len(literals) - 15) % 255])
+    out += literals
+    if length:
+        out += distance.to_bytes(2, "little")
+        if match == 15:
+            out += b"\xff" * ((length - 19) // 255) + bytes([(length - 19) % 255])
+    return out
+
+
+def lz4_matches(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(place, distance, length) of the matches that the encoder takes."""
+    places: dict[int, int] = {}
+    at, anchor, last = 1, 0, len(data) - 16
+
+    def seen(place: int) -> int:
+        """The latest place before with the same hash, or 0; this one is noted."""
+        number = lz4_hash(data, place)
+        found = places.get(number, 0)
+        places[number] = place
+        return found
+
+    while True:
+        tries, ahead = 128, at + 1
+        while True:
+            if ahead > last:
+                return
+            match = seen(at)
+            if data[match : match + 6] == data[at : at + 6]:
+                break
+            at, ahead, tries = ahead, ahead + (tries >> 6), tries + 1
+        while at > anchor and match > 0 and data[at - 1] == data[match - 1]:
+            at, match = at - 1, match - 1
+        while True:
+            length = 6
+            while at + length < len(data) - 5 and data[at + length] == data[match + length]:
+                length += 1
+            yield at, at - match, length
+            at += length
+            anchor = at
+            if at > last:
+                return
+            seen(at - 2)
+            match = seen(at)
+            if data[match : match + 6] != data[at : at + 6]:
+                break
+        at += 1
+        if at > last:
+            return
+
+
+def lz4_packed(data: bytes) -> bytes:
+    """The LZ4 block that the kernel makes of at most 65,536 bytes."""
+    out, done = b"", 0
+    for at, distance, length in lz4_matches(data):
+        out += lz4_sequence(data[done:at], distance, length)
+        done = at + length
+    return out + lz4_sequence(data[done:], 0, 0)
+
+
+def pack_blocks(many: list[bytes], gain_divisor: int) -> list[bytes | None]:
+    """The LZ4 block of each, None where it gains too little."""
+    packed = [(data, lz4_packed(data)) for data in many]
+    return [block if len(block) <= len(data) - len(data) // gain_divisor else None for data, block in packed]
+
+
+def is_packed(packed: bytes, data: bytes) -> bool:
+    """Whether an LZ4 block decodes to `data`."""
+    return lz4_unpacked(packed) == data
+
+
+def lz4_unpacked(packed: bytes) -> bytes | None:
+    """What an LZ4 block decodes to; None where it is none."""
+    out = bytearray()
+    rest = iter(packed)
+
+    def long(length: int) -> int:
+        if length < 15:
+            return length
+        while True:
+            more = next(rest)
+            length += more
+            if more < 255:
+                return length
+
+    try:
+        while True:
+            token = next(rest)
+            count = long(token >> 4)
+            literals = bytes(islice(rest, count))
+            if len(literals) < count:
+                return None
+            out += literals
+            low = next(rest, None)
+            if low is None:
+                return bytes(out)
+            distance = low | next(rest) << 8
+            length = long(token & 15) + 4
+            if not 0 < distance <= len(out):
+                return None
+            for _ in range(length):
+                out.append(out[-distance])
+    except StopIteration:
+        return None
 
 
 # The pool's trees

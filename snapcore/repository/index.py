@@ -370,8 +370,8 @@ class Index:
     def _first_places(self, ids: Ids) -> list[Place | None]:
         places: list[Place | None] = [None] * len(ids)
         if self._new:
-            for number, record_id in enumerate(ids):
-                places[number] = self._new.get(record_id.tobytes())
+            joined = ids.tobytes()
+            places = [self._new.get(joined[start : start + ID_BYTES]) for start in range(0, len(joined), ID_BYTES)]
         keys = table.id_keys(ids)
         for part in self._parts:
             part.find_many(ids, keys, places, self._bad)

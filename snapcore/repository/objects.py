@@ -152,6 +152,10 @@ class Objects:
             else:
                 yield number, plain
 
+    def full(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
+        """(number, bytes or what is wrong) for every object of `ids`, each as it is stored in full; see `chunks`."""
+        return self._many(kind, ids, self.index.find_many_full(ids))
+
     def _chunk_or_error(self, object_id: bytes) -> Buffer | DamagedError:
         try:
             return self._found(RecordKind.CHUNK, object_id)

@@ -18,18 +18,17 @@ from snapcore import digest, extents, scan
 from snapcore.errors import DamagedError
 from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES
-from snapcore.repository import record, tree
+from snapcore.repository import record, storer, tree
 from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.hints import Fingerprints, Hints
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import Record, RecordKind
-from snapcore.repository.storer import patched
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, Node, Root
 from snapcore.source import Source
+from snapcore.source.interface import BlockSource
 
-# What fits the second-level cache is read there and looked at while it is.
-_WINDOW_BYTES = 1 << 20
+Mask = npt.NDArray[np.bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +67,7 @@ class Reading:
         compression: str,
     ) -> None:
         self._source = source
+        self._blocks = source if isinstance(source, BlockSource) else None
         self._objects = objects
         self._parent = parent
         self._hints = hints
@@ -115,61 +115,75 @@ class Reading:
 
     def chunks(self, offset_bytes: int, length_bytes: int) -> memoryview:
         """Bytes of the source from a chunk's border on, zeros to the next border behind; valid until the next call."""
-        whole = -(-length_bytes // self._chunk_bytes) * self._chunk_bytes
+        return self._load(offset_bytes, length_bytes)[0]
+
+    def _load(self, offset_bytes: int, length_bytes: int) -> tuple[memoryview, Fingerprints, Mask]:
+        """The chunks of a range as bytes, valid until the next call, their fingerprints, and which are zero."""
+        size = self._chunk_bytes
+        view = self._space(-(-length_bytes // size) * size)
+        if self._blocks is not None:
+            prints, zero = self._blocks.read_blocks(view, offset_bytes, length_bytes, size, self._hints.seed)
+        else:
+            self._source.read_into(view[:length_bytes], offset_bytes)
+            view[length_bytes:] = bytes(len(view) - length_bytes)
+            prints = digest.xxh64_blocks(view, size, self._hints.seed)
+            zero = scan.zero_mask(view, size).view(np.bool)
+        prints[zero] = 0
+        return view, prints, zero
+
+    def _space(self, length_bytes: int) -> memoryview:
+        """Memory of this thread."""
         space: memoryview | None = getattr(self._local, "space", None)
-        if space is None or len(space) < whole:
-            space = memoryview(bytearray(max(whole, SPAN_BYTES)))
-            self._local.space = space
-        view = space[:whole]
-        for start in range(0, length_bytes, _WINDOW_BYTES):
-            stop = min(start + _WINDOW_BYTES, length_bytes)
-            self._source.read_into(view[start:stop], offset_bytes + start)
-        if length_bytes < whole:
-            view[length_bytes:] = bytes(whole - length_bytes)
-        return view
+        if space is None or len(space) < length_bytes:
+            space = self._local.space = memoryview(bytearray(max(length_bytes, SPAN_BYTES)))
+        return space[:length_bytes]
 
     def _read(self, span: Span) -> Outcome:
-        data = self.chunks(span.offset_bytes, span.length_bytes)
+        data, prints, zero = self._load(span.offset_bytes, span.length_bytes)
         size = self._chunk_bytes
-        first = span.offset_bytes // size
-        count = len(data) // size
-        prints = digest.xxh64_blocks(data, size, self._hints.seed)
-        zero = scan.zero_mask(data, size).view(np.bool)
-        prints[zero] = 0
+        first, count = span.offset_bytes // size, len(prints)
         suspect = self._suspect_mask(first, count)
-        same = np.zeros(count, dtype=np.bool)
-        if self._trusted:
-            same = (prints == self._hints.read(first, count)) & (prints != 0) & ~suspect
+        same = self._unchanged(first, prints, zero) & ~suspect
         if same.all():
             return Outcome(span, None, prints, 0, 0, [])
         old = self.parent_ids(first, count)
         ids = old.copy()
         ids[zero] = 0
         open_slots = np.flatnonzero(~same & ~zero).tolist()
-        for slot in open_slots:
-            chunk_id = self._objects.domain.chunk_id(data[slot * size : (slot + 1) * size])
-            ids[slot] = np.frombuffer(chunk_id, dtype=np.uint8)
+        plains = {slot: data[slot * size : (slot + 1) * size] for slot in open_slots}
+        chunk_ids = b"".join(map(self._objects.domain.chunk_id, plains.values()))
+        ids[open_slots] = np.frombuffer(chunk_ids, dtype=np.uint8).reshape(-1, ID_BYTES)
         changed = (ids != old).any(axis=1)
         new = [slot for slot in open_slots if changed[slot] or suspect[slot]]
-        records = self._records(data, ids, old, new)
+        records = self._records(plains, ids, old, new)
         more = int(ids.any(axis=1).sum()) - int(old.any(axis=1).sum())
         return Outcome(span, ids, prints, int(changed.sum()), more, records)
 
-    def _records(self, data: memoryview, ids: Node, old: Node, slots: list[int]) -> list[Record]:
-        size = self._chunk_bytes
+    def _unchanged(self, first: int, prints: Fingerprints, zero: Mask) -> Mask:
+        """Which chunks are known to be what they were in the parent without a look at their content ids."""
+        if not self._trusted:
+            return np.zeros(len(prints), dtype=np.bool)
+        known = self._hints.read(first, len(prints))
+        same: Mask = (prints == known) & (prints != 0)
+        quiet = zero & (known == 0)
+        # Without a fingerprint: zero in the parent too, or not known.
+        if (same | quiet).all() and quiet.any():
+            same |= quiet & ~self.parent_ids(first, len(prints)).any(axis=1)
+        return same
+
+    def _records(self, plains: dict[int, memoryview], ids: Node, old: Node, slots: list[int]) -> list[Record]:
         places = self._objects.index.find_many(ids_of(ids[slots].tobytes()))
         slots = [slot for slot, place in zip(slots, places, strict=True) if place is None]
-        patchable = [slot for slot in slots if old[slot].any()]
+        were_there = set(tree.used_slots(old).tolist())
+        patchable = [slot for slot in slots if slot in were_there]
         found = self._objects.bases(RecordKind.CHUNK, ids_of(old[patchable].tobytes()))
         bases = dict(zip(patchable, found, strict=True))
-        records = []
-        for slot in slots:
-            plain, chunk_id = data[slot * size : (slot + 1) * size], ids[slot].tobytes()
-            item = patched(RecordKind.CHUNK, chunk_id, plain, bases.get(slot), self._compression)
-            records.append(item or record.make(RecordKind.CHUNK, chunk_id, plain, self._compression))
-        return records
+        contents = [
+            storer.content(RecordKind.CHUNK, ids[slot].tobytes(), plains[slot], bases.get(slot)) for slot in slots
+        ]
+        return record.make_many(RecordKind.CHUNK, contents, self._compression)
 
-    def _suspect_mask(self, first: int, count: int) -> npt.NDArray[np.bool]:
+    def _suspect_mask(self, first: int, count: int) -> Mask:
         mask = np.zeros(count, dtype=np.bool)
         size = self._chunk_bytes
         for start, length in extents.clipped(self._suspect, first * size, (first + count) * size).tolist():

@@ -6,8 +6,10 @@ Every length is checked before use; a decoded payload is never larger than the c
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -73,6 +75,14 @@ class Record:
         return HEADER_BYTES + len(self.payload)
 
 
+class Content(NamedTuple):
+    """What a record is made of: the whole object, or the plain form of a patch when a base is named."""
+
+    id: bytes
+    plain: Buffer
+    base: bytes | None
+
+
 @dataclass(frozen=True, slots=True)
 class RecordHeader:
     """What a checked header says."""
@@ -88,13 +98,22 @@ class RecordHeader:
 
 def make(kind: RecordKind, record_id: bytes, plain: Buffer, compression: str, base: bytes | None = None) -> Record:
     """A record of `plain`: the whole object, or the plain form of a patch when a base is named."""
-    how, payload = codec.encode(plain, compression)
-    form = Form.FULL if base is None else Form.PATCH
-    checked = _HEADER.pack(
-        _MAGIC, kind, how, form, 0, len(payload), len(plain), record_id, xxhash.xxh3_64_intdigest(payload)
-    )
+    return make_many(kind, [Content(record_id, plain, base)], compression)[0]
+
+
+def make_many(kind: RecordKind, contents: Sequence[Content], compression: str) -> list[Record]:
+    """A record of each."""
+    encoded = codec.encode_many([content.plain for content in contents], compression)
+    return [_record(kind, content, *form) for content, form in zip(contents, encoded, strict=True)]
+
+
+def _record(kind: RecordKind, content: Content, how: codec.Codec, payload: Buffer) -> Record:
+    plain_bytes = len(content.plain)
+    form = Form.FULL if content.base is None else Form.PATCH
+    checksum = xxhash.xxh3_64_intdigest(payload)
+    checked = _HEADER.pack(_MAGIC, kind, how, form, 0, len(payload), plain_bytes, content.id, checksum)
     header = checked + xxhash.xxh3_64_intdigest(checked).to_bytes(8, "little")
-    return Record(kind, form, record_id, header, payload, how, len(plain), base)
+    return Record(kind, form, content.id, header, payload, how, plain_bytes, content.base)
 
 
 def parse_header(data: Buffer, where: str) -> RecordHeader:

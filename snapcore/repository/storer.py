@@ -15,7 +15,7 @@ from snapcore.repository import codec, index, pack, record, table
 from snapcore.repository.index import Index, Place
 from snapcore.repository.objects import Base, Objects
 from snapcore.repository.pack import PackBuilder
-from snapcore.repository.record import Record, RecordKind
+from snapcore.repository.record import Content, Record, RecordKind
 from snapcore.repository.table import Table, ids_of
 from snapcore.store.interface import Reader, Store
 
@@ -98,8 +98,8 @@ class Storer:
         node_id = self._objects.domain.node_id(plain)
         if self._index.find(node_id) is None:
             base = self._objects.bases(RecordKind.NODE, ids_of(old_id))[0] if any(old_id) else None
-            item = patched(RecordKind.NODE, node_id, plain, base, self._compression)
-            self._append(item or record.make(RecordKind.NODE, node_id, plain, self._compression))
+            found = content(RecordKind.NODE, node_id, plain, base)
+            self._append(record.make_many(RecordKind.NODE, [found], self._compression)[0])
         return node_id
 
     def add_table(self, contents: Table) -> None:
@@ -157,9 +157,10 @@ class Storer:
         self._entries = 0
 
 
-def patched(kind: RecordKind, object_id: bytes, plain: Buffer, base: Base | None, compression: str) -> Record | None:
-    """The record of an object as a patch; None where there is no base or over half of the object differs."""
-    if base is None:
-        return None
-    patch = record.make_patch(plain, base.id, base.plain, record.UNIT_BYTES[kind])
-    return None if patch is None else record.make(kind, object_id, patch, compression, base.id)
+def content(kind: RecordKind, object_id: bytes, plain: Buffer, base: Base | None) -> Content:
+    """An object as a record holds it: a patch, or whole where there is no base or over half of it differs."""
+    if base is not None:
+        patch = record.make_patch(plain, base.id, base.plain, record.UNIT_BYTES[kind])
+        if patch is not None:
+            return Content(object_id, patch, base.id)
+    return Content(object_id, plain, None)

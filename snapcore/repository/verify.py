@@ -26,16 +26,16 @@ from snapcore.errors import (
 from snapcore.extents import Extents
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import damage, envelope, manifest, pack, record, tree
+from snapcore.repository import damage, intact, manifest, pack, record, tree
 from snapcore.repository.context import Context
 from snapcore.repository.damage import Bad
 from snapcore.repository.domain import ZERO_ID
-from snapcore.repository.envelope import Kind
 from snapcore.repository.index import Index, Place
+from snapcore.repository.intact import Intact
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import RecordKind
-from snapcore.repository.table import Entries, entry_ids, ids_of
+from snapcore.repository.table import Entries, Ids, entry_ids, id_keys, ids_of
 from snapcore.repository.tree import FANOUT, used_slots
 from snapcore.store import Store
 
@@ -190,13 +190,13 @@ def _attempt(context: Context, progress: ProgressCallback | None, hands: Executo
         reports.append(report)
         problems += report.problems
     bad = [row for report in reports for row in report.bad]
-    rest = Objects(
-        context.store,
-        Index.load(context.store, damage.places(bad), damaged=lambda *_: None),
-        context.domain,
-        context.config.chunk_bytes,
-    )
-    hits = list(_hits(snapshots, rest))
+    sound = None
+    if bad:
+        rest = Index.load(context.store, damage.places(bad), damaged=lambda *_: None)
+        objects = Objects(context.store, rest, context.domain, context.config.chunk_bytes)
+    elif not any(report.lost for report in reports):
+        sound = _Sound(known)
+    hits = list(_hits(snapshots, objects, sound))
     if hits:
         # Only then is it damage: see the index on entries that lead nowhere.
         bad += [row for report in reports for row in report.lost]
@@ -247,6 +247,7 @@ class _CheckPack:
     def __init__(self, store: Store, objects: Objects) -> None:
         self._store = store
         self._objects = objects
+        self._intact = Intact(objects)
 
     def __call__(self, task: _Task) -> _Report:
         name = pack.name(task.pack_id)
@@ -266,6 +267,10 @@ class _CheckPack:
             report.problems.append(Problem(name, str(error)))
             right = self._one_by_one(task, report) if isinstance(error, ReadError) else right
         else:
+            content = self._intact(data, _InMemory(data), task.pack_id, task.entries)
+            if content is not None:
+                report.records, report.plain_bytes = content
+                return report
             self._check_frame(data, task.pack_id, report)
             self._check_records(data, name, report, right, baseless)
         for entries in task.entries:
@@ -274,15 +279,10 @@ class _CheckPack:
         return report
 
     def _check_frame(self, data: bytes, pack_id: bytes, report: _Report) -> None:
-        name = pack.name(pack_id)
         try:
-            kind, _, body_bytes = envelope.check_header(data, name, pack_id)
-            envelope.expect(kind, Kind.PACK, name)
-            if body_bytes:
-                raise DamagedError(f"{name}: its header gives a length of {body_bytes} bytes")
-            pack.read_directory(_InMemory(data), pack_id, len(data))
+            intact.opened(data, _InMemory(data), pack_id)
         except (DamagedError, UnsupportedFormatError) as error:
-            report.problems.append(Problem(name, str(error)))
+            report.problems.append(Problem(pack.name(pack_id), str(error)))
 
     def _check_records(
         self,
@@ -391,9 +391,27 @@ def _mark(context: Context, bad: list[Bad], problems: list[Problem]) -> int:
     return len(bad)
 
 
-def _hits(snapshots: list[Manifest], objects: Objects) -> Iterator[Hit]:
+class _Sound:
+    """The chunks of a repository in which every index entry leads to a record that is right."""
+
+    def __init__(self, known: Index) -> None:
+        parts = [contents.ids()[contents.entries["kind"] == RecordKind.CHUNK] for contents in known.tables()]
+        ids = np.concatenate([np.empty(0, dtype="V32"), *parts])
+        self._ids = ids[np.argsort(id_keys(ids), kind="stable")]
+        self._keys = id_keys(self._ids)
+
+    def holds(self, ids: Ids) -> bool:
+        """Whether all of these are there. What is not, or shares its first bytes with another one, is a no."""
+        if len(self._ids) == 0:
+            return len(ids) == 0
+        rows = np.minimum(np.searchsorted(self._keys, id_keys(ids)), len(self._ids) - 1)
+        return bool((self._ids[rows] == ids).all())
+
+
+def _hits(snapshots: list[Manifest], objects: Objects, sound: _Sound | None) -> Iterator[Hit]:
     """Snapshots that need something that is missing, with the byte ranges; shared subtrees are looked at once.
 
+    What is `sound`, where that is known, need not be looked for one by one.
     Of more than `_RUNS_LIMIT` runs below a node, only those of its children that are hit are told apart.
     """
     seen: dict[tuple[bytes, int], Extents] = {}
@@ -412,7 +430,10 @@ def _hits(snapshots: list[Manifest], objects: Objects) -> Iterator[Hit]:
             return extents.from_pairs([(0, FANOUT**level)])
         slots = used_slots(node).tolist()
         if level == 1:
-            places = objects.index.find_many(ids_of(node[slots].tobytes()))
+            ids = ids_of(node[slots].tobytes())
+            if sound is not None and sound.holds(ids):
+                return extents.empty()
+            places = objects.index.find_many(ids)
             return extents.from_pairs(
                 [(slot, 1) for slot, place in zip(slots, places, strict=True) if not _whole(place, objects.index)]
             )

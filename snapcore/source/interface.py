@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from snapcore.extents import Extents
 
@@ -37,3 +40,16 @@ class Source(Protocol):
 
     def check_unchanged(self) -> None:
         """SourceChangedError when the content may have changed since the source was opened."""
+
+
+@runtime_checkable
+class BlockSource(Source, Protocol):
+    """A source that digests while it reads; of any other that is done afterwards."""
+
+    def read_blocks(
+        self, target: memoryview, offset_bytes: int, length_bytes: int, block_bytes: int, seed: int
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool]]:
+        """XXH64 of each block of a range, filled up with zeros at its end, and whether it is all zero.
+
+        `target` is as long as the blocks and holds them afterwards. Raises what `read_into` raises.
+        """

@@ -18,11 +18,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from snapcore import extents
+from snapcore import digest, extents
 from snapcore.errors import BusyError, NotFoundError, ReadError, SourceChangedError, UsageError, from_os_error
 from snapcore.extents import Extents
 from snapcore.source import device
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _FICLONE = 0x40049409
 # The kernel stamps files with a clock that ticks every 1 to 10 ms: a change within the tick of the last one
@@ -70,10 +75,26 @@ class RawSource:
         """Fill `target` from the image; see `Source.read_into`."""
         done = read_file(self._path, self._descriptor, target, offset_bytes)
         if done < len(target):
-            raise SourceChangedError(
-                f"{self._path} ends at byte {offset_bytes + done} and had {self._size_bytes} bytes when it was "
-                "opened: it was truncated meanwhile; take the snapshot again when nobody writes to it"
-            )
+            raise self._truncated(offset_bytes + done)
+
+    def read_blocks(
+        self, target: memoryview, offset_bytes: int, length_bytes: int, block_bytes: int, seed: int
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool]]:
+        """Digest each block of a range while it is read; see `BlockSource.read_blocks`."""
+        done, code, prints, zero = digest.read_blocks(
+            self._descriptor, offset_bytes, length_bytes, block_bytes, seed, target
+        )
+        if code:
+            raise ReadError(self._path, offset_bytes + done, length_bytes - done, code, os.strerror(code))
+        if done < length_bytes:
+            raise self._truncated(offset_bytes + done)
+        return prints, zero
+
+    def _truncated(self, end_bytes: int) -> SourceChangedError:
+        return SourceChangedError(
+            f"{self._path} ends at byte {end_bytes} and had {self._size_bytes} bytes when it was "
+            "opened: it was truncated meanwhile; take the snapshot again when nobody writes to it"
+        )
 
     def check_unchanged(self) -> None:
         """SourceChangedError when size or times are not what they were; a private clone never changes."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from snapcore import lz
 from snapcore.errors import DamagedError, UsageError
 from snapcore.persist import Buffer
 from snapcore.repository import codec
@@ -111,7 +112,26 @@ def test_a_compression_that_goes_wrong_is_noticed_before_anything_is_stored(
     how, encoder = codec._ENCODERS[compression]
     monkeypatch.setitem(codec._ENCODERS, compression, (how, lambda plain: encoder(b"\1" + bytes(plain)[1:])))
     with pytest.raises(DamagedError, match="memory"):
-        codec.encode(bytes(1000), compression)
+        codec.encode(bytes(lz.BLOCK_LIMIT_BYTES + 1), compression)
+
+
+def test_a_block_that_the_kernel_cannot_decode_again_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(blocks: list[Buffer], gain_divisor: int) -> list[bytes | None]:
+        raise ArithmeticError
+
+    monkeypatch.setattr(lz, "pack_blocks", fail)
+    with pytest.raises(DamagedError, match="memory"):
+        codec.encode(bytes(1000), "lz4")
+
+
+@given(st.lists(plains, max_size=6), compressions, st.booleans())
+def test_many_are_encoded_as_each_alone(many: list[bytes], compression: str, long: bool) -> None:
+    # One that is too long for the kernel takes all of them another way, with another encoder.
+    many = [*many, bytes(lz.BLOCK_LIMIT_BYTES + 1)] if long else many
+    found = codec.encode_many(many, compression)
+    assert [codec.decode(how, payload, len(plain)) for (how, payload), plain in zip(found, many, strict=True)] == many
+    if not long:
+        assert found == [codec.encode(plain, compression) for plain in many]
 
 
 def test_only_known_compressions_have_a_name() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from snapcore import MemoryStore, Repository, UsageError
+from snapcore import MemoryStore, Repository, UsageError, digest, scan
 from snapcore.extents import Extents
 from tests.support.disks import disk
-from tests.support.small import Bytes
+from tests.support.small import Bytes, restored
 
 PAGE = 4096
 
@@ -59,3 +63,26 @@ def test_a_manifest_that_nobody_could_read_is_not_committed() -> None:
         repository.snapshot(Named(disk(1, 2), 17 << 20), disk="d")
     assert repository.snapshots() == []
     assert repository.sessions() == []
+
+
+class Digesting(Bytes):
+    """A source that digests while it reads."""
+
+    def read_blocks(
+        self, target: memoryview, offset_bytes: int, length_bytes: int, block_bytes: int, seed: int
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool]]:
+        target[length_bytes:] = bytes(len(target) - length_bytes)
+        self.read_into(target[:length_bytes], offset_bytes)
+        return digest.xxh64_blocks(target, block_bytes, seed), scan.zero_mask(target, block_bytes).view(np.bool)
+
+
+@pytest.mark.parametrize("kind", [Bytes, Digesting])
+def test_what_becomes_zero_and_what_was_zero_is_told_apart(kind: type[Bytes], tmp_path: Path) -> None:
+    content = bytes(8192) + random.Random(1).randbytes(8192) + bytes(100)
+    cleared = bytes(12_288) + content[12_288:]
+    repository = Repository.create(MemoryStore(), chunk_bytes=4096)
+    for data, changed_bytes in ((content, 8192), (content, 0), (cleared, 4096), (cleared, 0), (content, 4096)):
+        taken = repository.snapshot(kind(data), disk="disk").snapshot
+        assert taken.changed_bytes == changed_bytes
+        assert restored(repository, taken.id, tmp_path) == data
+    assert repository.verify().ok

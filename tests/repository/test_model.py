@@ -105,7 +105,6 @@ class RepositoryMachine(RuleBasedStateMachine):
     def _tighten(self) -> None:
         for module in (create, reading, restore):
             self.patched.setattr(module, "SPAN_BYTES", 2 * self.chunk_bytes)
-        self.patched.setattr(reading, "_WINDOW_BYTES", PAGE_BYTES)
         self.patched.setattr(pack, "PACK_BYTES", 8 * self.chunk_bytes)
         self.patched.setattr(collect, "_SMALL_BYTES", 2 * self.chunk_bytes)
         self.patched.setattr(collect, "_INDEX_OBJECTS", 2)
