@@ -31,6 +31,7 @@ cdef enum:
 cdef enum:
     ABSENT = 0
     ZERO = 1
+    LOST = 2
 
 
 # A growing array of numbers.

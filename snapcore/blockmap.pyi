@@ -1,6 +1,6 @@
 """The pool's trees: pages of 128 entries in slots of a map file, five levels, named by their roots (docs/FORMAT.md).
 
-An entry is 0 (absent), 1 (zero) or a reference: to a page above the leaves, to a block in them. Positions are block
+An entry is 0 (absent), 1 (zero), 2 (lost: a repair found nothing readable there) or a reference: to a page above the leaves, to a block in them. Positions are block
 numbers of a disk, below 2 ** 35. All methods are safe from many threads; none holds the lock across Python code.
 """
 
@@ -43,7 +43,7 @@ class PageFile:
     generation : int
         That pages are made in from now on.
     slots : int
-        That the file has room for, 2 at least.
+        That the file has room for, 3 at least.
     used : uint64 array of shape ((slots + 63) // 64,)
         Bitmap of used slots, lowest bit first.
     cache_bytes : int

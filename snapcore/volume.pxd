@@ -22,6 +22,7 @@ cdef enum:
     OUT_OF_RANGE = -13
     NOT_WRITABLE = -14
     BLOCK_OUTSIDE = -15
+    DATA_LOST = -16
 
 cdef enum:
     BLOCK_BYTES = 4096

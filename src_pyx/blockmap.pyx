@@ -43,6 +43,10 @@ cdef int MAX_RUNS = 1 << 20
 cdef int MAX_FILL_LEVEL = 3
 
 cdef enum:
+    # The numbers below stand for entries that refer to nothing.
+    FIRST_SLOT = 3
+
+cdef enum:
     PROBLEM_PAGE = 1
     PROBLEM_PAGE_TWICE = 2
     PROBLEM_BLOCK_OUTSIDE = 3
@@ -152,7 +156,7 @@ cdef uint64_t _take_slot(Pages *pages) noexcept nogil:
     cdef uint64_t left = pages.slots + 64
     while True:
         if at >= pages.slots:
-            at = 2
+            at = FIRST_SLOT
         word = ~pages.used[at >> 6] >> (at & 63)
         if word & 1:
             break
@@ -254,7 +258,7 @@ cdef uint64_t *page_at(Pages *pages, uint64_t ref, int kind) noexcept nogil:
     cdef uint64_t slot = ref & SLOT_MASK
     cdef Sheet *sheet
     cdef uint64_t *words
-    if slot < 2 or slot >= pages.slots:
+    if slot < FIRST_SLOT or slot >= pages.slots:
         _fail(pages, DAMAGED, 0, slot)
         return NULL
     sheet = &pages.sheets[slot // SHEET_SLOTS]
@@ -302,7 +306,7 @@ cdef void page_free(Pages *pages, uint64_t ref) noexcept nogil:
     cdef uint64_t slot = ref & SLOT_MASK
     cdef Sheet *sheet
     cdef uint64_t *words
-    if slot < 2 or slot >= pages.slots or not _is_used(pages, slot):
+    if slot < FIRST_SLOT or slot >= pages.slots or not _is_used(pages, slot):
         return
     sheet = &pages.sheets[slot // SHEET_SLOTS]
     if sheet.bytes != NULL and sheet.checked >> (slot % SHEET_SLOTS) & 1:
@@ -338,7 +342,7 @@ cdef void pages_trim(Pages *pages) noexcept nogil:
 # Trees
 
 cdef inline bint _is_page(uint64_t ref) noexcept nogil:
-    return ref > ZERO
+    return ref > LOST
 
 
 cdef inline int _shift(int level) noexcept nogil:
@@ -472,7 +476,7 @@ cdef int tree_set(
     for i in range(count):
         was = now[level][index + i]
         now[level][index + i] = entry + i * step
-        if level == 0 and was > ZERO and was != entry + i * step and was != _child(peer, other, index + i):
+        if level == 0 and was > LOST and was != entry + i * step and was != _child(peer, other, index + i):
             freed.items[freed.count] = was
             freed.count += 1
     for i in range(<uint32_t> released.count):
@@ -563,7 +567,7 @@ cdef int _collect_under(
         return _fail(pages, NO_MEMORY, 0, 0)
     for i in range(FAN_OUT):
         entry = page[i]
-        if entry <= ZERO:
+        if entry <= LOST:
             continue
         left = 0
         for j in range(count):
@@ -591,9 +595,9 @@ cdef bint _continues(const int64_t *item, uint64_t start, uint64_t entry, int wi
         return False
     if width == 2:
         return True
-    if entry <= ZERO:
+    if entry <= LOST:
         return <uint64_t> item[2] == entry
-    return item[2] > ZERO and <uint64_t> (item[2] + item[1]) == entry
+    return item[2] > LOST and <uint64_t> (item[2] + item[1]) == entry
 
 
 cdef int _add_run(Runs *runs, uint64_t position, uint64_t count, uint64_t entry) noexcept nogil:
@@ -603,7 +607,7 @@ cdef int _add_run(Runs *runs, uint64_t position, uint64_t count, uint64_t entry)
     cdef int64_t *item
     if start >= end:
         return 0
-    if entry > ZERO:
+    if entry > LOST:
         entry += start - position
     if runs.count:
         item = runs.items + (runs.count - 1) * runs.width
@@ -668,8 +672,8 @@ cdef int _walk_runs(Pages *pages, int level, uint64_t ref, uint64_t base, Runs *
     cdef int i = 0
     if ref == ABSENT or base >= runs.last:
         return 0
-    if ref == ZERO:
-        return _add_run(runs, base, span * FAN_OUT, ZERO)
+    if not _is_page(ref):
+        return _add_run(runs, base, span * FAN_OUT, ref)
     page = page_at(pages, ref, level)
     if page == NULL:
         return pages.failure
@@ -681,7 +685,7 @@ cdef int _walk_runs(Pages *pages, int level, uint64_t ref, uint64_t base, Runs *
             break
         if page[i] == ABSENT:
             result = 0
-        elif level == 0 or page[i] == ZERO:
+        elif level == 0 or not _is_page(page[i]):
             result = _add_run(runs, at, span, page[i])
         else:
             result = _walk_runs(pages, level - 1, page[i], at, runs)
@@ -718,8 +722,8 @@ cdef int _walk_tally(Pages *pages, int level, uint64_t ref, uint64_t other, Tall
         one = _child(page, ref, i)
         two = _child(peer, other, i)
         if level == 0:
-            tally.blocks += one > ZERO
-            tally.other_blocks += two > ZERO
+            tally.blocks += one > LOST
+            tally.other_blocks += two > LOST
         elif one != two and (_is_page(one) or _is_page(two)):
             result = _walk_tally(pages, level - 1, one, two, tally)
             if result < 0:
@@ -753,7 +757,7 @@ cdef int _prune(
     for i in range(FAN_OUT):
         entry = page[i]
         kept[i] = ABSENT
-        if entry <= ZERO:
+        if entry <= LOST:
             all_kept = all_kept and entry == ABSENT
             continue
         left = 0
@@ -835,7 +839,7 @@ cdef void _mark(Pages *pages, int level, uint64_t ref, uint64_t base, uint32_t f
     for i in range(FAN_OUT):
         entry = page[i]
         position = base + i * span
-        if entry <= ZERO:
+        if entry <= LOST:
             continue
         if level:
             _mark(pages, level - 1, entry, position, family, marks)
@@ -940,8 +944,8 @@ cdef class PageFile:
     def __cinit__(self, int descriptor, uint64_t seed, uint64_t generation, uint64_t slots, used, int64_t cache_bytes):
         cdef const uint64_t[::1] words
         cdef uint64_t i
-        if slots < 2 or slots > MAX_SLOTS:
-            raise ValueError(f"a map file has 2 to {MAX_SLOTS} slots, not {slots}")
+        if slots < FIRST_SLOT or slots > MAX_SLOTS:
+            raise ValueError(f"a map file has 3 to {MAX_SLOTS} slots, not {slots}")
         words = np.ascontiguousarray(used, dtype=np.uint64)
         if <uint64_t> words.shape[0] != (slots + 63) // 64:
             raise ValueError(f"the bitmap of {slots} slots has {(slots + 63) // 64} words, not {words.shape[0]}")
@@ -953,11 +957,11 @@ cdef class PageFile:
         self.pages.seed = seed
         self.pages.generation = generation
         self.pages.limit = max(16, cache_bytes // SHEET_BYTES)
-        self.pages.next_slot = 2
+        self.pages.next_slot = FIRST_SLOT
         if _grow(self.pages, slots) < 0:
             raise MemoryError
         memcpy(self.pages.used, &words[0], words.shape[0] * 8)
-        self.pages.used[0] |= 3
+        self.pages.used[0] |= 7
         if slots & 63:
             self.pages.used[slots >> 6] &= (<uint64_t> 1 << (slots & 63)) - 1
         self.pages.free_slots = 0
@@ -1029,7 +1033,7 @@ cdef class PageFile:
         cdef uint64_t last = first + count
         cdef uint32_t part
         _check_range(first, count)
-        if entry <= ZERO or entry > <uint64_t> -1 - count:
+        if entry <= LOST or entry > <uint64_t> -1 - count:
             raise ValueError(f"there are no {count} blocks from {entry} on")
         memset(&freed, 0, sizeof(freed))
         with nogil:
@@ -1130,7 +1134,7 @@ cdef class PageFile:
         cdef int result = 0
         memset(&blocks, 0, sizeof(blocks))
         memset(&refs, 0, sizeof(refs))
-        if root > ZERO:
+        if root > LOST:
             with nogil:
                 self._enter()
                 result = _collect(self.pages, LEVELS - 1, root, &beside[0], count, &blocks, &refs)
@@ -1150,7 +1154,7 @@ cdef class PageFile:
         cdef uint64_t pruned = 0
         cdef uint64_t i
         cdef int result = 0
-        if root <= ZERO:
+        if root <= LOST:
             return 0
         for i in range(count):
             scratch[i] = beside[i]
@@ -1332,7 +1336,7 @@ cdef class PageFile:
                 <uint64_t> slots.shape[0] * 64 < self.pages.slots
                 or <uint64_t> owners.shape[0] < block_limit + self.pages.slots
             )
-            if root > ZERO and not short:
+            if root > LOST and not short:
                 _mark(self.pages, LEVELS - 1, root, 0, family, &marks)
             self._leave()
         if short:

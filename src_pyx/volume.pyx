@@ -24,7 +24,7 @@ from posix.unistd cimport pread, pwrite
 import numpy as np
 
 from snapcore.blockmap cimport (
-    ABSENT, DAMAGED, FAN_OUT, KIND_BITMAP, NO_MEMORY, NO_SPACE, READ_FAILED, ZERO, Numbers, PageFile, Pages,
+    ABSENT, DAMAGED, FAN_OUT, KIND_BITMAP, LOST, NO_MEMORY, NO_SPACE, READ_FAILED, ZERO, Numbers, PageFile, Pages,
     numbers_add, numbers_array, numbers_free, numbers_move, numbers_reserve, page_at, page_free, page_new, pages_dirty,
     pages_freeze, pages_trim, pages_used, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, tree_fill,
     tree_lookup, tree_set,
@@ -87,6 +87,8 @@ cdef extern from *:
     int __builtin_popcountll(unsigned long long value) noexcept nogil
 
 cdef enum:
+    # The numbers below stand for entries that refer to nothing.
+    FIRST_BLOCK = 3
     PART_BLOCKS = 1024
     WINDOW_BLOCKS = 256
     PIECE_BLOCKS = 8192
@@ -138,7 +140,7 @@ cdef int _look_up(
     if tree_lookup(core.pages, root, first, <uint32_t> count, entries) < 0:
         return _trouble(trouble, core.pages.failure, core.pages.code, core.pages.slot)
     for i in range(count):
-        if entries[i] >= core.end and entries[i] > ZERO:
+        if entries[i] >= core.end and entries[i] > LOST:
             return _trouble(trouble, BLOCK_OUTSIDE, 0, first + i)
     return 0
 
@@ -295,7 +297,7 @@ cdef uint64_t _find_fragment(CoreState *core) noexcept nogil:
             at = 0
         busy = core.used[at] | core.held[at]
         if at == 0:
-            busy |= 3
+            busy |= 7
         if ~busy:
             core.fragment = at
             return at * 64 + __builtin_ctzll(~busy)
@@ -322,7 +324,7 @@ cdef uint64_t _take(CoreState *core, VolumeState *volume, uint64_t want, uint64_
         if first == 0:
             first = (core.end + WINDOW_BLOCKS - 1) // WINDOW_BLOCKS * WINDOW_BLOCKS
             if first == 0:
-                first = 2
+                first = FIRST_BLOCK
             end = first // WINDOW_BLOCKS * WINDOW_BLOCKS + WINDOW_BLOCKS
             if _grow_space(core, end) < 0:
                 return 0
@@ -474,7 +476,7 @@ cdef void _log_map(CoreState *core, uint32_t version, uint64_t position, uint64_
             head[1] == version
             and (body[0] & (MAX_BLOCKS - 1)) + before == position
             and before + count <= MAX_COUNT
-            and (entry == body[1] if entry <= ZERO else body[1] > ZERO and body[1] + before == entry)
+            and (entry == body[1] if entry <= LOST else body[1] > LOST and body[1] + before == entry)
         ):
             body[0] += count << 40
             return
@@ -630,7 +632,7 @@ cdef int _freeze_space(CoreState *core, Trouble *trouble) noexcept nogil:
         if result < 0:
             page_free(core.pages, ref)
             return _map_trouble(core, trouble)
-        if old > ZERO:
+        if old > LOST:
             page_free(core.pages, old)
         core.pieces_changed[piece] = 0
     return 0
@@ -685,14 +687,16 @@ cdef int _read_entries(
         length = min(end, (at // BLOCK_BYTES + 1) * BLOCK_BYTES) - at
         while at + length < end:
             block += 1
-            if entry > ZERO:
+            if entry > LOST:
                 if entries[block] != entry + (block - (at // BLOCK_BYTES - first)):
                     break
             elif entries[block] != entry:
                 break
             length = min(end, at + length + BLOCK_BYTES) - at
-        if entry > ZERO:
+        if entry > LOST:
             result = _read_data(core, data + (at - start), length, entry * BLOCK_BYTES + at % BLOCK_BYTES, trouble)
+        elif entry == LOST:
+            return _trouble(trouble, DATA_LOST, 0, at)
         elif entry == ABSENT:
             result = _read_backing(volume, data + (at - start), length, at, trouble)
         else:
@@ -904,7 +908,7 @@ cdef int _map_targets(
         else:
             for j in range(run):
                 _use(core, targets[i + j])
-                if old[i + j] > ZERO:
+                if old[i + j] > LOST:
                     volume.stirred = 1
             _log_map(core, volume.version, first + i, run, targets[i])
         i += run
@@ -931,7 +935,7 @@ cdef int _write_part(
     if result < 0:
         return result
     for i in range(count):
-        own[i] = old[i] > ZERO and old[i] != beside[i]
+        own[i] = old[i] > LOST and old[i] != beside[i]
         targets[i] = old[i]
         new_blocks += not own[i]
     if new_blocks:
@@ -1350,8 +1354,8 @@ cdef int _replay(CoreState *core, VolumeState *volume, uint64_t position, uint64
     memset(&freed, 0, sizeof(freed))
     if last > (volume.size_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES:
         return OUT_OF_RANGE
-    if entry > ZERO:
-        if entry >= MAX_BLOCKS or entry + count > MAX_BLOCKS or entry < 2:
+    if entry > LOST:
+        if entry >= MAX_BLOCKS or entry + count > MAX_BLOCKS or entry < FIRST_BLOCK:
             return BLOCK_OUTSIDE
         if _grow_space(core, entry + count) < 0:
             return NO_MEMORY
@@ -1361,7 +1365,7 @@ cdef int _replay(CoreState *core, VolumeState *volume, uint64_t position, uint64
     volume.stirred = 1
     while at < last and result == 0:
         freed.count = 0
-        if entry > ZERO:
+        if entry > LOST:
             part = min(last - at, <uint64_t> FAN_OUT - (at & (FAN_OUT - 1)))
             result = tree_set(
                 core.pages, &volume.root, volume.parent, 0, at, <uint32_t> part, entry + (at - position), 1, &freed

@@ -28,6 +28,7 @@ from snapcore.volume import Core
 KIND_CATALOG = 32
 KIND_BITMAP = 16
 PIECE_BLOCKS = 8192
+_FIRST_SLOT = 3
 _PIECE_BYTES = 1016
 _WRITE_SLOTS = 1000
 
@@ -183,5 +184,5 @@ def first_map(seed: int) -> tuple[bytes, int, bytes]:
     """The map of a new pool: its bytes, the reference of the catalog, the catalog."""
     data = Catalog().encode({}, b"")
     body = (1 | KIND_CATALOG << 56).to_bytes(8, "little") + bytes(8) + data.ljust(_PIECE_BYTES, b"\0")
-    slot = checksum(body, (seed + 2) % (1 << 64)).to_bytes(8, "little") + body
-    return bytes(2 * SLOT_BYTES) + slot, 2 | 1 << 48, data
+    slot = checksum(body, (seed + _FIRST_SLOT) % (1 << 64)).to_bytes(8, "little") + body
+    return bytes(_FIRST_SLOT * SLOT_BYTES) + slot, _FIRST_SLOT | 1 << 48, data

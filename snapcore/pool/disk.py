@@ -33,7 +33,7 @@ class Allocation(NamedTuple):
     Attributes
     ----------
     allocated
-        Blocks of its own or shared.
+        Blocks of its own or shared; and what was lost to damage, which cannot be read.
     zero
         Dropped, above an image that the disk reads from.
     absent

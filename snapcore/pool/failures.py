@@ -35,6 +35,7 @@ BACKING_CHANGED = -12
 OUT_OF_RANGE = -13
 NOT_WRITABLE = -14
 BLOCK_OUTSIDE = -15
+DATA_LOST = -16
 
 _FULL = {28, 122, 27}  # ENOSPC, EDQUOT, EFBIG
 _NOT_CONSISTENT = 117
@@ -119,6 +120,9 @@ _OF_READING = {
     DETACHED: lambda case: NotFoundError(f"{case.what}: it was deleted or closed"),
     DATA_READ_FAILED: lambda case: ReadError(
         case.data, case.where, BLOCK_BYTES, case.code, case.reason or "the file ends there"
+    ),
+    DATA_LOST: lambda case: DamagedError(
+        f"{case.what}: what was at offset {case.where} was lost to damage and a repair; whole blocks written there heal it"
     ),
     BACKING_READ_FAILED: lambda case: ReadError(case.backing, case.where, BLOCK_BYTES, case.code, case.reason),
     BACKING_CHANGED: _changed,

@@ -101,7 +101,7 @@ class Pool:
             catalog_ref=ref,
             catalog_bytes=len(catalog),
             catalog_xxh64=checksum(catalog, seed),
-            slots=3,
+            slots=4,
             end_blocks=0,
             space_root=0,
             limit_bytes=limit_bytes // BLOCK_BYTES * BLOCK_BYTES,

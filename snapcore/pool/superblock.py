@@ -90,7 +90,7 @@ def decode(data: bytes, where: str) -> Superblock | None:
     if (
         (block_bytes, entries, flags & ~_CLEAN) != (_BLOCK_BYTES, _PAGE_ENTRIES, 0)
         or not 16 <= copy.log_sectors <= 1 << 32
-        or not 2 <= copy.slots <= 1 << 40
+        or not 4 <= copy.slots <= 1 << 40
         or not 1 <= copy.generation < 1 << 56
         or not 0 < copy.catalog_bytes <= copy.slots * 1016
         or copy.end_blocks > 1 << 40
