@@ -13,6 +13,7 @@ state; it is not held over I/O on data, over a sync, or over Python. The order o
 A medium other than the operating system (a test's recorder) is called with the GIL for every persistent operation.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -1098,6 +1099,8 @@ def read_sectors(const uint8_t[::1] data not None, uint64_t seed):
     return out
 
 
+# Freed only when nobody refers to it: the collector would take what `__dealloc__` needs first.
+@cython.no_gc_clear
 cdef class Core:
     def __cinit__(
         self, PageFile page_file, int data, int log, medium, *, uint64_t seed, used, uint64_t end,
@@ -1387,6 +1390,8 @@ cdef int _replay(CoreState *core, VolumeState *volume, uint64_t position, uint64
     return result
 
 
+# Freed only when nobody refers to it: the collector would take what `__dealloc__` needs first.
+@cython.no_gc_clear
 cdef class Volume:
     def __cinit__(
         self, Core core not None, *, uint64_t root, uint64_t parent, uint64_t size_bytes, uint32_t version,
