@@ -1147,7 +1147,7 @@ cdef class PageFile:
             numbers_free(&refs)
 
     def prune(self, uint64_t root, others):
-        cdef uint64_t[::1] beside = np.array([*(ref for ref in others if ref > 1), 0], dtype=np.uint64)
+        cdef uint64_t[::1] beside = np.array([*(ref for ref in others if ref > LOST), 0], dtype=np.uint64)
         cdef uint32_t count = <uint32_t> (beside.shape[0] - 1)
         cdef uint64_t[::1] scratch = np.zeros((count + 1) * 2 * LEVELS, dtype=np.uint64)
         cdef Numbers made
@@ -1180,7 +1180,7 @@ cdef class PageFile:
         with nogil:
             self._enter()
             for i in range(refs.shape[0]):
-                if not 2 <= refs[i] & SLOT_MASK < self.pages.slots:
+                if not FIRST_SLOT <= refs[i] & SLOT_MASK < self.pages.slots:
                     outside = i
             result = _checked(self.pages, numbers_reserve(&self.pages.condemned, refs.shape[0]))
             if result == 0 and outside < 0:
