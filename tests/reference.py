@@ -252,8 +252,8 @@ def lz4_unpacked(packed: bytes) -> bytes | None:
 # The pool's trees
 
 Run = tuple[int, int, int]
-# What is mapped, in order: (position, count, entry); 1 for zeros, else the first of consecutive blocks. Never two that
-# could be one.
+# What is mapped, in order: (position, count, entry); 1 for zeros, 2 for what is lost, else the first of consecutive
+# blocks. Never two that could be one.
 Tree = tuple[Run, ...]
 
 POSITIONS = 1 << 35
@@ -273,7 +273,7 @@ def _joined(runs: Iterable[Run]) -> Tree:
 
 def _entry_in(run: Run, position: int) -> int:
     """What a run holds at a position, or would hold behind its end."""
-    return run[2] if run[2] <= 1 else run[2] + position - run[0]
+    return run[2] if run[2] <= 2 else run[2] + position - run[0]
 
 
 def _cut(tree: Tree, first: int, last: int) -> Tree:
@@ -318,7 +318,7 @@ class PageFile:
         now = _joined([*_cut(root, 0, first), (first, count, entry), *_cut(root, first + count, POSITIONS)])
         freed = set()
         for _, length, (was, is_now, beside) in _aligned([root, now, parent], first, first + count):
-            if was > 1 and was not in (is_now, beside):
+            if was > 2 and was not in (is_now, beside):
                 freed |= set(range(was, was + length))
         return now, freed
 
@@ -346,13 +346,13 @@ class PageFile:
 
     def tally(self, root: Tree) -> int:
         """How many blocks a tree holds."""
-        return sum(count for _, count, entry in root if entry > 1)
+        return sum(count for _, count, entry in root if entry > 2)
 
     def exclusive(self, root: Tree, others: Sequence[Tree]) -> set[int]:
         """Blocks that a tree holds and no other holds at the same position."""
         out = set()
         for _, count, (mine, *theirs) in _aligned([root, *others], 0, POSITIONS):
-            if mine > 1 and mine not in theirs:
+            if mine > 2 and mine not in theirs:
                 out |= set(range(mine, mine + count))
         return out
 
@@ -361,7 +361,7 @@ class PageFile:
         return _joined(
             (start, count, mine)
             for start, count, (mine, *theirs) in _aligned([root, *others], 0, POSITIONS)
-            if mine > 1 and mine in theirs
+            if mine > 2 and mine in theirs
         )
 
     def put(self, kind: int, payload: bytes) -> int:
