@@ -1,7 +1,8 @@
 """The pool's trees: pages of 128 entries in slots of a map file, five levels, named by their roots (docs/FORMAT.md).
 
-An entry is 0 (absent), 1 (zero), 2 (lost: a repair found nothing readable there) or a reference: to a page above the leaves, to a block in them. Positions are block
-numbers of a disk, below 2 ** 35. All methods are safe from many threads; none holds the lock across Python code.
+An entry is 0 (absent), 1 (zero), 2 (lost: a repair found nothing readable there) or a reference: to a page above the
+leaves, to a block in them. Positions are block numbers of a disk, below 2 ** 35. All methods are safe from many
+threads; none holds the lock across Python code.
 """
 
 from collections.abc import Iterable
@@ -114,7 +115,7 @@ class PageFile:
         """Bitmap of used slots, without those that wait for a checkpoint."""
 
     def put(self, kind: int, payload: Buffer) -> int:
-        """A new page with 1 to 1,024 bytes of another kind than a tree's; returns its reference."""
+        """A new page of a kind with 1 to 1,024 bytes; returns its reference."""
 
     def get(self, kind: int, ref: int) -> bytes:
         """The 1,024 bytes of a page."""

@@ -97,6 +97,8 @@ class Core:
         """Punch out blocks that are free for good, and let them be used. Returns 0, or the errno of a punch that failed."""
     def free_blocks(self, blocks: npt.NDArray[np.uint64]) -> None:
         """No version holds these blocks any more."""
+    def rewrite_space(self) -> None:
+        """Write the whole bitmap of used blocks at the next checkpoint."""
     def used_bitmap(self) -> npt.NDArray[np.uint64]: ...
     def close_gates(self, volumes: Iterable[Volume]) -> None:
         """Let no write begin, and wait for those that have begun."""

@@ -1208,8 +1208,8 @@ cdef class PageFile:
     def put(self, int kind, const uint8_t[::1] payload not None):
         cdef uint64_t ref
         cdef uint64_t *entries
-        if not LEVELS <= kind <= 255:
-            raise ValueError(f"pages of kind {kind} are not put")
+        if not 0 <= kind <= 255:
+            raise ValueError(f"there are no pages of kind {kind}")
         if not 0 < payload.shape[0] <= SLOT_BYTES - HEADER_BYTES:
             raise ValueError("a page holds 1 to 1,024 bytes")
         with nogil:

@@ -1298,6 +1298,12 @@ cdef class Core:
         if result < 0:
             raise MemoryError
 
+    def rewrite_space(self):
+        with nogil:
+            _lock(self.core)
+            memset(self.core.pieces_changed, 1, self.core.capacity // PIECE_BLOCKS)
+            _unlock(self.core)
+
     def used_bitmap(self):
         with nogil:
             _lock(self.core)

@@ -5,12 +5,14 @@ Libraries are imported where they are used: a command that prints a line does no
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from snapcore.errors import UsageError
 
@@ -28,6 +30,41 @@ repository_option = click.option(
     metavar="DIR",
     help="The repository; SNAPCORE_REPO in the environment stands for it.",
 )
+pool_option = click.option(
+    "-p",
+    "--pool",
+    "place",
+    required=True,
+    envvar="SNAPCORE_POOL",
+    metavar="DIR",
+    help="The pool; SNAPCORE_POOL in the environment stands for it.",
+)
+
+
+class Place(NamedTuple):
+    """Where snapshots are: a folder, and whether a pool or a repository is in it."""
+
+    path: str
+    is_pool: bool
+
+
+def place_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command both `-r` and `-p`, and calls it with the one that was given as `place`."""
+
+    @click.option("-r", "--repo", envvar="SNAPCORE_REPO", metavar="DIR", help="The repository; or SNAPCORE_REPO.")
+    @click.option("-p", "--pool", envvar="SNAPCORE_POOL", metavar="DIR", help="The pool; or SNAPCORE_POOL.")
+    @click.pass_context
+    @functools.wraps(command)
+    def called(context: click.Context, repo: str | None, pool: str | None, **options: object) -> None:
+        # What stands in the words of the command counts more than what stands in the environment.
+        given = [name for name in ("repo", "pool") if context.params[name] is not None]
+        written = [name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        chosen = written or given
+        if len(chosen) != 1:
+            raise click.UsageError("give one place: a repository (-r DIR) or a pool (-p DIR)")
+        command(place=Place(str(context.params[chosen[0]]), chosen == ["pool"]), **options)
+
+    return called
 
 
 def print_json(value: object) -> None:
@@ -61,6 +98,13 @@ def size(count_bytes: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def instant(since_1970_ns: int) -> str:
+    """A point in time, UTC, as ISO 8601 has it; to the millisecond."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(since_1970_ns // 1_000_000 / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 class Size(click.ParamType[int]):

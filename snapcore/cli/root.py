@@ -9,7 +9,7 @@ import click
 from snapcore.version import VERSION
 
 # A command, or a group of them, is an object of the same name in the file of that name beside this one.
-COMMANDS = ("demo", "diff", "repo", "restore", "snapshot", "verify")
+COMMANDS = ("demo", "diff", "disk", "group", "pool", "repo", "restore", "snapshot", "verify")
 
 
 class _Commands(click.Group):

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from snapcore.pool.check import Checked, check
+from snapcore.pool.compact import Compacted
 from snapcore.pool.disk import Allocation, Disk, Snapshot
 from snapcore.pool.pool import Pool
+from snapcore.pool.transfer import Exported
 from snapcore.pool.usage import PoolUsage, VersionUsage
 
-__all__ = ["Allocation", "Disk", "Pool", "PoolUsage", "Snapshot", "VersionUsage"]
+__all__ = [
+    "Allocation",
+    "Checked",
+    "Compacted",
+    "Disk",
+    "Exported",
+    "Pool",
+    "PoolUsage",
+    "Snapshot",
+    "VersionUsage",
+    "check",
+]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,8 +16,11 @@ from snapcore import extents
 from snapcore.blockmap import Failure
 from snapcore.errors import UsageError
 from snapcore.extents import Extents
+from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
 from snapcore.pool.failures import BLOCK_BYTES, typed
+from snapcore.pool.transfer import Exported
+from snapcore.progress import ProgressCallback
 from snapcore.volume import Volume
 
 if TYPE_CHECKING:
@@ -167,6 +172,43 @@ class Readable:
         absent = extents.clipped(extents.gaps(both, stop), offset_bytes, stop)
         return Allocation(allocated, zero, absent)
 
+    def export(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        in_place: bool = False,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Exported:
+        """Copy it into a new file, or into an existing file or block device. Durable on return; holes stay holes.
+
+        Of a disk that is written meanwhile a mixture comes out: export a snapshot of it to get an instant.
+
+        Parameters
+        ----------
+        target : path
+        in_place : bool
+            The target exists: write only what differs. A file gets this disk's size.
+        progress, executor
+            As for `Pool.import_image`. After a cancelled or interrupted export, start it again: it goes on.
+
+        Raises
+        ------
+        ExistsError, NotFoundError, BusyError, RefusedError, UsageError, ReadError, DamagedError, OutOfSpaceError,
+        StoreError
+        """
+        with self._engine.reading() as catalog:
+            images = [record.path for record in catalog.backings.values()]
+        return transfer.export(
+            self,
+            target,
+            folder=self._engine.folder,
+            images=images,
+            in_place=in_place,
+            progress=progress,
+            executor=executor,
+        )
+
     def _root(self) -> int:
         return self._volume.root
 
@@ -234,6 +276,19 @@ class Disk(Readable):
         if record is not None:
             self._name = record.name
         return self._name
+
+    @property
+    def created_ns(self) -> int:
+        """When it was made: nanoseconds since 1970, UTC."""
+        return self._engine.catalog.disks[self._number].created_ns
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        """What it was made from: "snapshot" or "disk" and its id, or "image" and its path. None: from nothing."""
+        record = self._engine.catalog.disks[self._number]
+        if record.origin_kind == "image":
+            return "image", self._engine.catalog.backings[record.origin].path
+        return (record.origin_kind, str(record.origin)) if record.origin_kind else None
 
     def pwrite(self, data: Buffer, offset_bytes: int, *, fua: bool = False) -> int:
         """Write at any offset and length.

@@ -45,7 +45,7 @@ class Engine:
         self.limit_bytes = opened.checkpointer.superblock.limit_bytes
         self.checkpoints = 0
         self._lock = threading.RLock()
-        self._checkpoint_lock = threading.Lock()
+        self._checkpoint_lock = threading.RLock()
         self._fresh_ghosts: set[int] = set()
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -166,6 +166,18 @@ class Engine:
                 raise typed(failure, self.folder, what) from None
             self.checkpoints += 1
             self.core.reclaim()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """A moment in which every block and slot is either used or free: a checkpoint is just made, and no write runs."""
+        with self._checkpoint_lock, self._lock:
+            gates = [*self.versions.volumes.values()]
+            self.core.close_gates(gates)
+            try:
+                self.checkpoint()
+                yield
+            finally:
+                self.core.open_gates(gates)
 
     def retry(self, failure: Failure) -> bool:
         """Make room for a write that had none; whether it is worth trying again."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from types import TracebackType
 
 import numpy as np
@@ -25,15 +26,18 @@ from snapcore.errors import (
 )
 from snapcore.extents import Extents
 from snapcore.persist import Medium
-from snapcore.pool import events, files, recovery
+from snapcore.pool import events, files, recovery, transfer
 from snapcore.pool.catalog import Backing, Catalog, Version
 from snapcore.pool.checkpoint import first_map
+from snapcore.pool.compact import Compacted, compact
 from snapcore.pool.disk import Disk, Readable, Snapshot
 from snapcore.pool.engine import Engine
 from snapcore.pool.failures import BLOCK_BYTES
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
 from snapcore.pool.versions import backing_of
+from snapcore.progress import ProgressCallback
+from snapcore.source import interface as images
 
 SnapshotRef = Snapshot | str | int
 VersionRef = Snapshot | Disk | str | int
@@ -334,6 +338,50 @@ class Pool:
         if any(record.name == name for record in catalog.disks.values()):
             raise ExistsError(f"there is a disk {name!r} in {self.path} already; choose another name")
 
+    def import_image(
+        self,
+        name: str,
+        image: str | os.PathLike[str] | images.Source,
+        *,
+        size_bytes: int | None = None,
+        allow_changing: bool = False,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Disk:
+        """Copy a raw image or block device into a new disk. Holes and zero blocks take nothing; durable on return.
+
+        Parameters
+        ----------
+        name : str
+            Of the disk. Until all is there it is called otherwise; a failed or cancelled import leaves none.
+        image : path or Source
+            A version of another pool will do too.
+        size_bytes : int, optional
+            Of the disk, if it shall be longer than the image.
+        allow_changing : bool
+            Do not mind an image that is written meanwhile, or a device that is mounted for writing.
+        progress : callable, optional
+            Gets a `Progress` for each step; raising there cancels.
+        executor : Executor, optional
+            Runs the copying; default: a thread a core.
+
+        Raises
+        ------
+        ExistsError, NotFoundError, BusyError, UsageError, ReadError, SourceChangedError, OutOfSpaceError, StoreError
+        """
+        self._writable(f"importing disk {name!r}")
+        with self._reading() as catalog:
+            self._check_new_name(catalog, name)
+        return transfer.import_image(
+            self,
+            name,
+            image,
+            size_bytes=size_bytes,
+            allow_changing=allow_changing,
+            progress=progress,
+            executor=executor,
+        )
+
     def _clone(self, source: Disk, name: str, size_bytes: int | None) -> Disk:
         def prepare(catalog: Catalog) -> tuple[events.Event, list[int], int]:
             self._check_new_name(catalog, name)
@@ -579,6 +627,11 @@ class Pool:
         self._writable("writing a checkpoint")
         self._engine.sweep()
         self._engine.checkpoint()
+
+    def compact(self) -> Compacted:
+        """Give back to the host what the pool does not use. Writes wait meanwhile."""
+        self._writable("compacting")
+        return compact(self._engine)
 
     # Who uses a disk
 

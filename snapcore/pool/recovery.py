@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from snapcore.errors import DamagedError
 from snapcore.persist import Medium
 from snapcore.pool import catalog as catalogs
 from snapcore.pool import journal, superblock
+from snapcore.pool.catalog import Catalog
 from snapcore.pool.checkpoint import KIND_BITMAP, PIECE_BLOCKS, Checkpointer, get_catalog
 from snapcore.pool.failures import typed
 from snapcore.pool.files import SLOT_BYTES, Files
@@ -21,6 +23,8 @@ from snapcore.pool.versions import Versions
 from snapcore.volume import Core
 
 BLOCK_BYTES = 4096
+LEVELS = 5
+LOST = 2
 _SLOT_MASK = (1 << 48) - 1
 # Blocks that were taken for writes that had not reached the file.
 _SLACK_BLOCKS = 1 << 17
@@ -64,37 +68,58 @@ def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False) -> 
 
 def _load(files: Files, block: Superblock, log: journal.Journal, cache_bytes: int) -> tuple[Versions, list[int]]:
     """The state of the checkpoint."""
-    where = files.path("map")
-    if os.fstat(files.map).st_size < block.slots * SLOT_BYTES:
-        raise DamagedError(f"{where} is shorter than its {block.slots} slots; restore the pool from a backup")
-    # The catalog says which slots are used, so it is read with all of them taken for used.
-    every = np.full((block.slots + 63) // 64, (1 << 64) - 1, dtype=np.uint64)
-    pages = PageFile(files.map, block.seed, block.generation + 1, block.slots, every, cache_bytes)
-    data, refs = get_catalog(pages, block.catalog_ref, block.catalog_bytes)
-    if len(data) != block.catalog_bytes or superblock.checksum(data, block.seed) != block.catalog_xxh64:
-        raise DamagedError(f"{where}: the catalog does not match the superblock; restore the pool from a backup")
-    catalog, slots = catalogs.decode(data, where)
+    catalog, refs, slots = _load_catalog(files, block, cache_bytes)
     used = _words(slots, block.slots)
     for ref in refs:
         slot = ref & _SLOT_MASK
         used[slot >> 6] |= np.uint64(1 << (slot & 63))
     pages = PageFile(files.map, block.seed, block.generation + 1, block.slots, used, cache_bytes)
-    core = Core(
+    core = _core(files, pages, block, log, _space(files, pages, block), block.space_root)
+    return Versions(catalog, core), refs
+
+
+def _load_catalog(files: Files, block: Superblock, cache_bytes: int) -> tuple[Catalog, list[int], bytes]:
+    """The catalog, its pages, and the bitmap of used slots."""
+    where = files.path("map")
+    if os.fstat(files.map).st_size < block.slots * SLOT_BYTES:
+        raise DamagedError(f"{where} is shorter than its {block.slots} slots; restore the pool from a backup")
+    pages = _with_all_slots(files, block, cache_bytes)
+    data, refs = get_catalog(pages, block.catalog_ref, block.catalog_bytes)
+    if len(data) != block.catalog_bytes or superblock.checksum(data, block.seed) != block.catalog_xxh64:
+        raise DamagedError(f"{where}: the catalog does not match the superblock; restore the pool from a backup")
+    catalog, slots = catalogs.decode(data, where)
+    return catalog, refs, slots
+
+
+def _with_all_slots(files: Files, block: Superblock, cache_bytes: int) -> PageFile:
+    """For reading before it is known which slots are used."""
+    every = np.full((block.slots + 63) // 64, (1 << 64) - 1, dtype=np.uint64)
+    return PageFile(files.map, block.seed, block.generation + 1, block.slots, every, cache_bytes)
+
+
+def _core(
+    files: Files,
+    pages: PageFile,
+    block: Superblock,
+    log: journal.Journal,
+    used: npt.NDArray[np.uint64],
+    space_root: int,
+) -> Core:
+    return Core(
         pages,
         files.data,
         files.log,
         None if type(files.medium) is Medium else files.medium,
         seed=block.seed,
-        used=_space(files, pages, block),
+        used=used,
         end=block.end_blocks,
-        limit_blocks=block.limit_bytes // 4096,
+        limit_blocks=block.limit_bytes // BLOCK_BYTES,
         log_sectors=block.log_sectors,
         # Sectors of a torn commit may stand behind the end: they must never look like a part of what comes now.
         log_next=log.log_next + (0 if block.clean else block.log_sectors),
         commit_number=log.commit_number + 1,
-        space_root=block.space_root,
+        space_root=space_root,
     )
-    return Versions(catalog, core), refs
 
 
 def _words(data: bytes, bits: int) -> npt.NDArray[np.uint64]:
@@ -153,3 +178,89 @@ def _replay(versions: Versions, log: journal.Journal, where: str) -> None:
                 f"{where}: a record does not fit what was before it ({type(error).__name__}: {error}); "
                 "restore the pool from a backup"
             ) from None
+
+
+def rebuild_state(files: Files, cache_bytes: int) -> Opened:
+    """Bring a damaged pool into memory with bitmaps made from its trees; what cannot be read is lost from now on.
+
+    The log is done again up to where it is damaged or fits no more. Nothing is written.
+    """
+    block, damaged = superblock.read(files.path("superblock"))
+    try:
+        log = _read_log(files, block, give_up=True)
+        catalog, refs = _load_catalog(files, block, cache_bytes)[:2]
+        reached, blocks, lost = _reach(files, block, catalog, refs, cache_bytes)
+        pages = PageFile(files.map, block.seed, block.generation + 1, block.slots, reached, cache_bytes)
+        if lost:
+            cut = _Cut(pages, block.end_blocks)
+            for record in catalog.versions.values():
+                record.root = cut.readable(record.root, LEVELS - 1)
+            now = np.zeros((pages.slots + 63) // 64, dtype=np.uint64)
+            _mark(pages, block, catalog, refs, now)
+            pages.free_pages(_numbers(pages.used_slots() & ~now))
+        core = _core(files, pages, block, log, blocks, 0)
+        core.rewrite_space()
+        versions = Versions(catalog, core)
+    except Failure as failure:
+        raise typed(failure, files.folder, f"repairing the pool {files.folder}") from None
+    with contextlib.suppress(DamagedError, Failure):
+        _replay(versions, log, files.path("log"))
+    return Opened(versions, Checkpointer(files, block, refs), len(log.commits), damaged)
+
+
+def _reach(
+    files: Files, block: Superblock, catalog: Catalog, refs: list[int], cache_bytes: int
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], bool]:
+    """Bitmaps of slots and blocks that the versions of a checkpoint reach, and whether something cannot be read."""
+    slots = np.zeros((block.slots + 63) // 64, dtype=np.uint64)
+    blocks, lost = _mark(_with_all_slots(files, block, cache_bytes), block, catalog, refs, slots)
+    return slots, blocks, lost
+
+
+def _mark(
+    pages: PageFile, block: Superblock, catalog: Catalog, refs: list[int], slots: npt.NDArray[np.uint64]
+) -> tuple[npt.NDArray[np.uint64], bool]:
+    """Set the bits of slots that are reached; the bitmap of blocks, and whether something cannot be read."""
+    blocks = np.zeros((block.end_blocks + 63) // 64 + 1, dtype=np.uint64)
+    owners = np.zeros(block.end_blocks + pages.slots, dtype=np.uint32)
+    lost = False
+    for record in catalog.versions.values():
+        family = catalog.family(record.id)
+        lost = bool(len(pages.mark(record.root, family, slots, blocks, owners, block.end_blocks))) or lost
+    for ref in refs:
+        slots[(ref & _SLOT_MASK) >> 6] |= np.uint64(1 << (ref & 63))
+    return blocks, lost
+
+
+def _numbers(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Those whose bits are set, from the first slot on."""
+    numbers = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).astype(np.uint64)
+    return numbers[numbers > LOST]
+
+
+class _Cut:
+    """Makes trees without what cannot be read. Pages that versions share are made once."""
+
+    def __init__(self, pages: PageFile, end_blocks: int) -> None:
+        self._pages = pages
+        self._end_blocks = end_blocks
+        self._made: dict[int, int] = {}
+
+    def readable(self, ref: int, level: int) -> int:
+        """The tree under a reference."""
+        if ref <= LOST:
+            return ref
+        if ref not in self._made:
+            self._made[ref] = self._make(ref, level)
+        return self._made[ref]
+
+    def _make(self, ref: int, level: int) -> int:
+        try:
+            entries = np.frombuffer(self._pages.get(level, ref), dtype="<u8")
+        except Failure:
+            return LOST
+        if level:
+            kept = np.array([self.readable(entry, level - 1) for entry in entries.tolist()], dtype="<u8")
+        else:
+            kept = np.where(entries < self._end_blocks, entries, np.uint64(LOST)).astype("<u8")
+        return ref if np.array_equal(kept, entries) else self._pages.put(level, kept.tobytes())

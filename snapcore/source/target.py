@@ -160,7 +160,7 @@ def open_target(
     in_place : bool
         Write into what exists; otherwise the name must be free.
     forbidden_folder : str, optional
-        A repository on this host, nothing in which may be overwritten.
+        A repository or pool on this host, nothing in which may be overwritten.
 
     Raises
     ------
@@ -284,12 +284,12 @@ def _refuse_repository(path: str, folder: str | None) -> None:
         return
     target, inside = os.path.realpath(path), os.path.realpath(folder)
     if target == inside or target.startswith(inside + os.sep):
-        raise RefusedError(f"{path} lies in the repository {folder}; restore to another place")
+        raise RefusedError(f"{path} lies in the repository or pool {folder}; take another target")
     with contextlib.suppress(OSError):
         mine = os.stat(target)
         # A second name of an object of the repository.
         if stat.S_ISREG(mine.st_mode) and mine.st_nlink > 1 and _linked_within(inside, mine):
-            raise RefusedError(f"{path} is a file of the repository {folder}; restore to another place")
+            raise RefusedError(f"{path} is a file of the repository or pool {folder}; take another target")
 
 
 def _linked_within(folder: str, status: os.stat_result) -> bool:

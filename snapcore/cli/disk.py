@@ -1,0 +1,260 @@
+"""`snapcore disk`: the live disks of a pool."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from snapcore.cli import output
+
+
+@click.group()
+def disk() -> None:
+    """Make, change, import and export the live disks of a pool."""
+
+
+def _say(facts: dict[str, object], line: str, *, as_json: bool) -> None:
+    if as_json:
+        output.print_json(facts)
+    else:
+        click.echo(output.text(line))
+
+
+@disk.command()
+@click.argument("name")
+@output.pool_option
+@click.option("--size", type=output.Size(), help="Default: that of what it is made from.")
+@click.option(
+    "--from",
+    "source",
+    metavar="SNAPSHOT|DISK|IMAGE",
+    help="What it holds at first. An image is read from where it stands, and must stay as it is.",
+)
+@output.json_option
+def create(name: str, place: str, size: int | None, source: str | None, as_json: bool) -> None:
+    """Make a disk, in constant time: an empty one, or one that shares all blocks with what it is made from."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place) as found:
+        made = found.create_disk(name, size, source)
+        _say(pooled.disk_facts(made), f"made disk {made.name} of {output.size(made.size_bytes)}", as_json=as_json)
+
+
+@disk.command("list")
+@output.pool_option
+@output.json_option
+def list_(place: str, as_json: bool) -> None:
+    """List disks; with --json one object a line."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place, read_only=True) as found:
+        disks = found.disks()
+        if as_json:
+            for item in disks:
+                output.print_json(pooled.disk_facts(item))
+            return
+        counts = [str(len(found.snapshots(item))) for item in disks]
+        rows = [
+            [item.id, item.name, output.instant(item.created_ns)[:19], count, output.size(item.size_bytes)]
+            for item, count in zip(disks, counts, strict=True)
+        ]
+    output.table(["id", "name", "created (UTC)", "snapshots", "size"], rows, right=frozenset({3, 4}))
+
+
+@disk.command()
+@click.argument("name")
+@output.pool_option
+@output.json_option
+def show(name: str, place: str, as_json: bool) -> None:
+    """Show a disk, its snapshots, and what deleting it would free."""
+    from snapcore import extents
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place, read_only=True) as found:
+        wanted = found.open_disk(name)
+        taken = {
+            "mapped_bytes": extents.total_bytes(wanted.extents().allocated),
+            "unique_bytes": found.unique_bytes([wanted]),
+        }
+        facts = pooled.disk_facts(wanted) | taken
+        snapshots = found.snapshots(wanted)
+    if as_json:
+        output.print_json(facts | {"snapshots": [item.id for item in snapshots]})
+        return
+    pooled.show_facts(facts)
+    click.echo(f"{'snapshots':16} {output.text(', '.join(item.name for item in snapshots) or '-')}")
+
+
+@disk.command()
+@click.argument("name")
+@click.argument("new_name", metavar="NEW")
+@output.pool_option
+@output.json_option
+def clone(name: str, new_name: str, place: str, as_json: bool) -> None:
+    """Make a disk NEW that holds what disk NAME holds now, in constant time."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place) as found:
+        made = found.open_disk(name).clone(new_name)
+        _say(pooled.disk_facts(made), f"made disk {made.name}, a clone of {name}", as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@click.argument("snapshot")
+@output.pool_option
+@click.option("--dry-run", is_flag=True, help="Change nothing; say what would be.")
+@output.json_option
+def rollback(name: str, snapshot: str, place: str, dry_run: bool, as_json: bool) -> None:
+    """Go back to one of the disk's own snapshots, in constant time. All snapshots stay."""
+    from snapcore import extents
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place, read_only=dry_run) as found:
+        wanted = found.open_disk(name)
+        point = pooled.own_snapshot(wanted, snapshot)
+        facts: dict[str, object] = {"disk": wanted.name, "snapshot": point.id, "dry_run": dry_run}
+        facts |= {"size_bytes": point.size_bytes}
+        if not dry_run:
+            wanted.rollback(point)
+            _say(facts, f"disk {wanted.name} is as snapshot {point.name} again", as_json=as_json)
+            return
+        rows = found.diff(point, wanted)
+        changed = extents.total_bytes(rows)
+        facts |= {"changed_bytes": changed, "lost_bytes": found.unique_bytes([wanted])}
+        resized = "" if point.size_bytes == wanted.size_bytes else f", and its size to {output.size(point.size_bytes)}"
+        line = f"would set back {output.size(changed)} in {len(rows)} places{resized}; nothing was changed"
+        _say(facts, line, as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@output.pool_option
+@output.json_option
+def reset(name: str, place: str, as_json: bool) -> None:
+    """Go back to the snapshot or image that the disk was made from, or to empty."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place) as found:
+        wanted = found.open_disk(name)
+        wanted.reset()
+        facts = pooled.disk_facts(wanted)
+        _say(facts, f"disk {wanted.name} is as it was made", as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@click.argument("size", type=output.Size())
+@output.pool_option
+@output.json_option
+def resize(name: str, size: int, place: str, as_json: bool) -> None:
+    """Grow a disk to SIZE; what is new reads as zeros."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place) as found:
+        wanted = found.open_disk(name)
+        wanted.resize(size)
+        line = f"disk {wanted.name} has {output.size(wanted.size_bytes)} now"
+        _say(pooled.disk_facts(wanted), line, as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@click.argument("new_name", metavar="NEW")
+@output.pool_option
+@output.json_option
+def rename(name: str, new_name: str, place: str, as_json: bool) -> None:
+    """Call disk NAME by the name NEW; its snapshots remember the old one."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place) as found:
+        wanted = found.open_disk(name)
+        found.rename_disk(wanted, new_name)
+        _say(pooled.disk_facts(wanted), f"disk {name} is called {wanted.name} now", as_json=as_json)
+
+
+@disk.command()
+@click.argument("names", metavar="NAME…", nargs=-1, required=True)
+@output.pool_option
+@output.json_option
+def delete(names: tuple[str, ...], place: str, as_json: bool) -> None:
+    """Delete disks; their snapshots stay."""
+    from snapcore.pool import Pool
+
+    with Pool.open(place) as found:
+        for name in names:
+            gone = found.open_disk(name)
+            found.delete_disk(gone)
+            _say({"deleted": gone.id, "name": gone.name}, f"deleted disk {gone.name}", as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@output.pool_option
+@output.json_option
+def extents(name: str, place: str, as_json: bool) -> None:
+    """Print what of a disk or snapshot is where: allocated, zero or absent, offset and length in bytes."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place, read_only=True) as found:
+        parts = pooled.find(found, name).extents()
+    if as_json:
+        output.print_json({kind: output.extents_json(rows) for kind, rows in parts._asdict().items()})
+        return
+    rows = sorted((*row, kind) for kind, found_rows in parts._asdict().items() for row in found_rows.tolist())
+    click.echo("".join(f"{offset} {length} {kind}\n" for offset, length, kind in rows), nl=False)
+
+
+@disk.command("import")
+@click.argument("image", type=click.Path())
+@output.pool_option
+@click.option("--name", required=True, help="Of the new disk.")
+@click.option("--size", type=output.Size(), help="If the disk shall be longer than the image.")
+@click.option("--allow-changing", is_flag=True, help="Accept an image that is written meanwhile.")
+@output.json_option
+def import_(image: str, place: str, name: str, size: int | None, allow_changing: bool, as_json: bool) -> None:
+    """Copy IMAGE, a raw file or block device, into a new disk."""
+    from snapcore import extents
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    started = time.monotonic()
+    with Pool.open(place) as found:
+        with output.bar() as progress:
+            made = found.import_image(name, image, size_bytes=size, allow_changing=allow_changing, progress=progress)
+        mapped = extents.total_bytes(made.extents().allocated)
+        spent = time.monotonic() - started
+        facts = pooled.disk_facts(made) | {"mapped_bytes": mapped, "duration_s": round(spent, 6)}
+        line = f"made disk {made.name} of {output.size(made.size_bytes)}: {output.size(mapped)} copied in {spent:.2f} s"
+        _say(facts, line, as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@click.argument("target", type=click.Path())
+@output.pool_option
+@click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
+@output.json_option
+def export(name: str, target: str, place: str, in_place: bool, as_json: bool) -> None:
+    """Copy disk or snapshot NAME to TARGET, a new file, or with --in-place an existing file or block device."""
+    from snapcore.cli import pooled
+    from snapcore.pool import Pool
+
+    with Pool.open(place, read_only=True) as found:
+        wanted = pooled.find(found, name)
+        with output.bar() as progress:
+            done = wanted.export(target, in_place=in_place, progress=progress)
+        facts: dict[str, object] = {"id": wanted.id, "name": wanted.name, "target": target}
+        facts |= {"written_bytes": done.written_bytes, "duration_s": round(done.duration_s, 6)}
+        line = f"exported {target}: {output.size(done.written_bytes)} written in {done.duration_s:.2f} s"
+        _say(facts, line, as_json=as_json)
