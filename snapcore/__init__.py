@@ -1,5 +1,8 @@
 """Snapshots of disk images: full, then changed blocks only; any can be deleted, any restores the whole disk.
 
+A pool holds live disks that take snapshots, clones and rollbacks in constant time; its snapshots are
+`snapcore.pool.Snapshot`.
+
 The larger parts are imported when their names are first used, so that a program starts as fast as it can.
 """
 
@@ -27,6 +30,7 @@ from snapcore.errors import (
 )
 
 if TYPE_CHECKING:
+    from snapcore.pool import Disk, Pool, PoolUsage
     from snapcore.progress import Progress, ProgressCallback
     from snapcore.repository import (
         Collected,
@@ -50,6 +54,7 @@ __all__ = [
     "Collected",
     "Created",
     "DamagedError",
+    "Disk",
     "Error",
     "ExistsError",
     "FencedError",
@@ -59,6 +64,8 @@ __all__ = [
     "MissingObjectError",
     "NotFoundError",
     "OutOfSpaceError",
+    "Pool",
+    "PoolUsage",
     "Progress",
     "ProgressCallback",
     "ReadError",
@@ -82,9 +89,12 @@ __all__ = [
 _HOMES = {
     "Collected": "snapcore.repository",
     "Created": "snapcore.repository",
+    "Disk": "snapcore.pool",
     "LocalStore": "snapcore.store",
     "Manifest": "snapcore.repository",
     "MemoryStore": "snapcore.store",
+    "Pool": "snapcore.pool",
+    "PoolUsage": "snapcore.pool",
     "Progress": "snapcore.progress",
     "ProgressCallback": "snapcore.progress",
     "Repository": "snapcore.repository",

@@ -51,10 +51,6 @@ class Place(NamedTuple):
 def place_option(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command both `-r` and `-p`, and calls it with the one that was given as `place`."""
 
-    @click.option("-r", "--repo", envvar="SNAPCORE_REPO", metavar="DIR", help="The repository; or SNAPCORE_REPO.")
-    @click.option("-p", "--pool", envvar="SNAPCORE_POOL", metavar="DIR", help="The pool; or SNAPCORE_POOL.")
-    @click.pass_context
-    @functools.wraps(command)
     def called(context: click.Context, repo: str | None, pool: str | None, **options: object) -> None:
         # What stands in the words of the command counts more than what stands in the environment.
         given = [name for name in ("repo", "pool") if context.params[name] is not None]
@@ -64,7 +60,12 @@ def place_option(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("give one place: a repository (-r DIR) or a pool (-p DIR)")
         command(place=Place(str(context.params[chosen[0]]), chosen == ["pool"]), **options)
 
-    return called
+    functools.update_wrapper(called, command)
+    repository = click.option(
+        "-r", "--repo", envvar="SNAPCORE_REPO", metavar="DIR", help="The repository; or SNAPCORE_REPO."
+    )
+    pool = click.option("-p", "--pool", envvar="SNAPCORE_POOL", metavar="DIR", help="The pool; or SNAPCORE_POOL.")
+    return repository(pool(click.pass_context(called)))
 
 
 def print_json(value: object) -> None:

@@ -22,7 +22,9 @@ def pool() -> None:
 
 @pool.command()
 @directory
-@click.option("--limit", type=output.Size(), default="0", help="How much disks and snapshots may take; default: no limit.")
+@click.option(
+    "--limit", type=output.Size(), default="0", help="How much disks and snapshots may take; default: no limit."
+)
 @output.json_option
 def init(place: str, limit: int, as_json: bool) -> None:
     """Make a pool in DIR, which is empty or not there yet."""
@@ -169,9 +171,7 @@ def compact(place: str, as_json: bool) -> None:
     with Pool.open(place) as found:
         done = found.compact()
     if as_json:
-        output.print_json(
-            {"freed_bytes": done.freed_bytes, "data_bytes": done.data_bytes, "map_bytes": done.map_bytes}
-        )
+        output.print_json({"freed_bytes": done.freed_bytes, "data_bytes": done.data_bytes, "map_bytes": done.map_bytes})
     else:
         click.echo(
             f"freed {output.size(done.freed_bytes)}; the data takes {output.size(done.data_bytes)} of the host, "

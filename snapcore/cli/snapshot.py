@@ -1,10 +1,13 @@
-"""`snapcore snapshot`: take, list, compare and delete snapshots."""
+"""`snapcore snapshot`: take, list, compare and delete snapshots, of images in a repository or of a pool's disks."""
 
 from __future__ import annotations
 
 import click
+from click.core import ParameterSource
 
 from snapcore.cli import output
+
+_PLACES = ("pool", "repo", "as_json")
 
 
 @click.group()
@@ -13,9 +16,9 @@ def snapshot() -> None:
 
 
 @snapshot.command()
-@click.argument("image", type=click.Path())
-@output.repository_option
-@click.option("--disk", required=True, help="Name of the disk; its snapshots make a chain.")
+@click.argument("image", metavar="IMAGE|DISK", type=click.Path())
+@output.place_option
+@click.option("--disk", help="Name of the image's disk; its snapshots make a chain.")
 @click.option("--parent", metavar="ID", help="Compare with this snapshot and not with the disk's newest one.")
 @click.option(
     "--changed",
@@ -30,8 +33,8 @@ def snapshot() -> None:
 @output.json_option
 def create(
     image: str,
-    place: str,
-    disk: str,
+    place: output.Place,
+    disk: str | None,
     parent: str | None,
     changed: str | None,
     paranoid: bool,
@@ -41,7 +44,18 @@ def create(
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed."""
+    """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed.
+
+    With -p: of DISK of the pool, in constant time; of the options only --name is for that.
+    """
+    if place.is_pool:
+        _refuse_options("label")
+        from snapcore.cli import snapshot_pool
+
+        snapshot_pool.create(place.path, image, label, as_json=as_json)
+        return
+    if disk is None:
+        raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
     from snapcore.repository import Repository
 
     pairs = [tag.partition("=") for tag in tags]
@@ -49,7 +63,7 @@ def create(
         if not key or not sign:
             raise click.UsageError(f"a tag has the form KEY=VALUE, not {key!r}")
     with output.bar() as progress:
-        done = Repository.open(place).snapshot(
+        done = Repository.open(place.path).snapshot(
             image,
             disk=disk,
             parent=parent,
@@ -90,15 +104,29 @@ def create(
         click.echo(f"  note: {made.fallback_reason}")
 
 
+def _refuse_options(*allowed: str) -> None:
+    """UsageError for an option of the running command that a pool has no use for."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and isinstance(option, click.Option) and option.name not in (*_PLACES, *allowed):
+            raise click.UsageError(f"{option.opts[-1]} is for images, not for disks of a pool")
+
+
 @snapshot.command("list")
-@output.repository_option
+@output.place_option
 @click.option("--disk", help="Only those of this disk.")
 @output.json_option
-def list_(place: str, disk: str | None, as_json: bool) -> None:
+def list_(place: output.Place, disk: str | None, as_json: bool) -> None:
     """List snapshots; with --json one object a line."""
+    if place.is_pool:
+        from snapcore.cli import snapshot_pool
+
+        snapshot_pool.list_(place.path, disk, as_json=as_json)
+        return
     from snapcore.repository import Repository
 
-    found = Repository.open(place).snapshots(disk)
+    found = Repository.open(place.path).snapshots(disk)
     if as_json:
         for item in found:
             output.print_json(item)
@@ -122,15 +150,20 @@ def list_(place: str, disk: str | None, as_json: bool) -> None:
 
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
-@output.repository_option
+@output.place_option
 @output.json_option
-def show(ids: tuple[str, ...], place: str, as_json: bool) -> None:
+def show(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
     """Show snapshots, and what deleting all the given ones would free."""
+    if place.is_pool:
+        from snapcore.cli import snapshot_pool
+
+        snapshot_pool.show(place.path, ids, as_json=as_json)
+        return
     import msgspec
 
     from snapcore.repository import Repository
 
-    found = Repository.open(place)
+    found = Repository.open(place.path)
     chosen = [found.find(item) for item in ids]
     unique = found.unique(chosen)
     if as_json:
@@ -151,13 +184,18 @@ def show(ids: tuple[str, ...], place: str, as_json: bool) -> None:
 @snapshot.command()
 @click.argument("a")
 @click.argument("b")
-@output.repository_option
+@output.place_option
 @output.json_option
-def diff(a: str, b: str, place: str, as_json: bool) -> None:
-    """Print where two snapshots differ, in bytes."""
+def diff(a: str, b: str, place: output.Place, as_json: bool) -> None:
+    """Print where two snapshots differ, in bytes. With -p either may be a disk: as it is now."""
+    if place.is_pool:
+        from snapcore.cli import snapshot_pool
+
+        snapshot_pool.diff(place.path, a, b, as_json=as_json)
+        return
     from snapcore.repository import Repository
 
-    rows = Repository.open(place).diff(a, b)
+    rows = Repository.open(place.path).diff(a, b)
     if as_json:
         output.print_json({"extents": output.extents_json(rows)})
         return
@@ -166,13 +204,18 @@ def diff(a: str, b: str, place: str, as_json: bool) -> None:
 
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
-@output.repository_option
+@output.place_option
 @output.json_option
-def delete(ids: tuple[str, ...], place: str, as_json: bool) -> None:
-    """Delete snapshots, in any order; `snapcore repo collect` frees their space."""
+def delete(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
+    """Delete snapshots, in any order. In a repository `snapcore repo collect` frees their space."""
+    if place.is_pool:
+        from snapcore.cli import snapshot_pool
+
+        snapshot_pool.delete(place.path, ids, as_json=as_json)
+        return
     from snapcore.repository import Repository
 
-    found = Repository.open(place)
+    found = Repository.open(place.path)
     for item in ids:
         gone = found.delete(item)
         if as_json:

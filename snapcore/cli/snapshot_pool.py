@@ -8,6 +8,7 @@ import click
 
 from snapcore import extents
 from snapcore.cli import output, pooled
+from snapcore.errors import NotFoundError
 from snapcore.pool import Pool
 
 
@@ -28,10 +29,13 @@ def create(place: str, disk: str, name: str | None, *, as_json: bool) -> None:
 def list_(place: str, disk: str | None, *, as_json: bool) -> None:
     """List snapshots, all or those of a disk, which may be gone."""
     with Pool.open(place, read_only=True) as found:
-        listed = [item for item in found.snapshots() if disk in (None, item.disk, item.disk_id)]
-        if disk is not None and not listed:
-            # Its snapshots may have another name of it; and one that never was is a mistake.
+        try:
             listed = found.snapshots(disk)
+        except NotFoundError:
+            # Snapshots remember a disk that is gone.
+            listed = [item for item in found.snapshots() if disk in (item.disk, item.disk_id)]
+            if not listed:
+                raise
         if as_json:
             for item in listed:
                 output.print_json(pooled.snapshot_facts(item))
