@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from snapcore import digest, extents
+from snapcore import extents
 from snapcore.errors import BusyError, NotFoundError, ReadError, SourceChangedError, UsageError, from_os_error
 from snapcore.extents import Extents
 from snapcore.source import device
@@ -81,6 +81,9 @@ class RawSource:
         self, target: memoryview, offset_bytes: int, length_bytes: int, block_bytes: int, seed: int
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool]]:
         """Digest each block of a range while it is read; see `BlockSource.read_blocks`."""
+        # It imports numpy, and who only compares images needs none (cli/__init__.py).
+        from snapcore import digest
+
         done, code, prints, zero = digest.read_blocks(
             self._descriptor, offset_bytes, length_bytes, block_bytes, seed, target
         )
