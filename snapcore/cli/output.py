@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from snapcore.extents import Extents
     from snapcore.progress import Progress, ProgressCallback
 
+_IN_REPOSITORY = "The repository; SNAPCORE_REPO in the environment stands for it."
+_IN_POOL = "The pool; SNAPCORE_POOL in the environment stands for it."
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 repository_option = click.option(
     "-r",
@@ -28,7 +31,7 @@ repository_option = click.option(
     required=True,
     envvar="SNAPCORE_REPO",
     metavar="DIR",
-    help="The repository; SNAPCORE_REPO in the environment stands for it.",
+    help=_IN_REPOSITORY,
 )
 pool_option = click.option(
     "-p",
@@ -37,7 +40,7 @@ pool_option = click.option(
     required=True,
     envvar="SNAPCORE_POOL",
     metavar="DIR",
-    help="The pool; SNAPCORE_POOL in the environment stands for it.",
+    help=_IN_POOL,
 )
 
 
@@ -51,7 +54,7 @@ class Place(NamedTuple):
 def place_option(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command both `-r` and `-p`, and calls it with the one that was given as `place`."""
 
-    def called(context: click.Context, repo: str | None, pool: str | None, **options: object) -> None:
+    def called(context: click.Context, /, repo: str | None, pool: str | None, **options: object) -> None:
         # What stands in the words of the command counts more than what stands in the environment.
         given = [name for name in ("repo", "pool") if context.params[name] is not None]
         written = [name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
@@ -61,10 +64,8 @@ def place_option(command: Callable[..., None]) -> Callable[..., None]:
         command(place=Place(str(context.params[chosen[0]]), chosen == ["pool"]), **options)
 
     functools.update_wrapper(called, command)
-    repository = click.option(
-        "-r", "--repo", envvar="SNAPCORE_REPO", metavar="DIR", help="The repository; or SNAPCORE_REPO."
-    )
-    pool = click.option("-p", "--pool", envvar="SNAPCORE_POOL", metavar="DIR", help="The pool; or SNAPCORE_POOL.")
+    repository = click.option("-r", "--repo", envvar="SNAPCORE_REPO", metavar="DIR", help=_IN_REPOSITORY)
+    pool = click.option("-p", "--pool", envvar="SNAPCORE_POOL", metavar="DIR", help=_IN_POOL)
     return repository(pool(click.pass_context(called)))
 
 
