@@ -14,6 +14,7 @@ A medium other than the operating system (a test's recorder) is called with the 
 """
 
 cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -1505,17 +1506,30 @@ cdef class Volume:
             self.volume.backing_mtime_ns = backing_mtime_ns
             _unlock(self.core.core)
 
-    def pread_into(self, uint8_t[::1] buffer not None, uint64_t offset):
+    def pread_into(self, buffer, int64_t offset):
+        # A buffer and not a typed memoryview, which takes as long to make as the read.
         cdef Trouble trouble
+        cdef Py_buffer view
+        cdef uint64_t size_bytes
         cdef int result = 0
-        cdef uint64_t size_bytes = buffer.shape[0]
-        if offset > MAX_SIZE_BYTES or size_bytes > MAX_SIZE_BYTES:
-            raise Failure(OUT_OF_RANGE, 0, offset)
-        if size_bytes:
-            with nogil:
-                result = volume_read(self.core.core, self.volume, &buffer[0], size_bytes, offset, &trouble)
-            if result < 0:
-                self.core.check(&trouble, result)
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            size_bytes = <uint64_t> view.len
+            if offset < 0:
+                result = _trouble(&trouble, OUT_OF_RANGE, 0, 0)
+            elif <uint64_t> offset >= self.volume.size_bytes:
+                size_bytes = 0
+            else:
+                size_bytes = min(size_bytes, self.volume.size_bytes - <uint64_t> offset)
+            if result == 0 and size_bytes:
+                with nogil:
+                    result = volume_read(
+                        self.core.core, self.volume, <uint8_t *> view.buf, size_bytes, <uint64_t> offset, &trouble
+                    )
+        finally:
+            PyBuffer_Release(&view)
+        if result < 0:
+            self.core.check(&trouble, result)
         return size_bytes
 
     def pread_many(self, const int64_t[::1] offsets not None, uint8_t[:, ::1] buffers not None):
@@ -1539,24 +1553,32 @@ cdef class Volume:
                 self.core.check(&trouble, result)
         return offsets.shape[0] * buffers.shape[1]
 
-    def pwrite(self, const uint8_t[::1] data not None, uint64_t offset):
+    def pwrite(self, data, int64_t offset):
         cdef Trouble trouble
+        cdef Py_buffer view
+        cdef uint64_t size_bytes
         cdef int result = 0
-        cdef uint64_t size_bytes = data.shape[0]
-        if offset > MAX_SIZE_BYTES or size_bytes > MAX_SIZE_BYTES:
-            raise Failure(OUT_OF_RANGE, 0, offset)
-        if size_bytes:
-            with nogil:
-                result = volume_write(self.core.core, self.volume, &data[0], size_bytes, offset, &trouble)
-            if result < 0:
-                self.core.check(&trouble, result)
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            size_bytes = <uint64_t> view.len
+            if offset < 0 or <uint64_t> offset > MAX_SIZE_BYTES or size_bytes > MAX_SIZE_BYTES:
+                result = _trouble(&trouble, OUT_OF_RANGE, 0, 0 if offset < 0 else <uint64_t> offset)
+            elif size_bytes:
+                with nogil:
+                    result = volume_write(
+                        self.core.core, self.volume, <const uint8_t *> view.buf, size_bytes, <uint64_t> offset, &trouble
+                    )
+        finally:
+            PyBuffer_Release(&view)
+        if result < 0:
+            self.core.check(&trouble, result)
         return size_bytes
 
-    def zero(self, uint64_t offset, uint64_t size_bytes):
+    def zero(self, int64_t offset, int64_t size_bytes):
         cdef Trouble trouble
         cdef int result
-        if offset > MAX_SIZE_BYTES or size_bytes > MAX_SIZE_BYTES:
-            raise Failure(OUT_OF_RANGE, 0, offset)
+        if not 0 <= offset <= <int64_t> MAX_SIZE_BYTES or not 0 <= size_bytes <= <int64_t> MAX_SIZE_BYTES:
+            raise Failure(OUT_OF_RANGE, 0, max(0, offset))
         with nogil:
             result = volume_zero(self.core.core, self.volume, size_bytes, offset, &trouble)
         if result < 0:

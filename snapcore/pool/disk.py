@@ -111,11 +111,10 @@ class Readable:
         NotFoundError
             It was deleted meanwhile, or the pool was closed.
         """
-        view = memoryview(buffer).cast("B")
-        if offset_bytes < 0:
-            raise UsageError(f"{self._what()}: the offset {offset_bytes} is negative")
-        inside = max(0, min(len(view), self.size_bytes - offset_bytes))
-        return self._do(self._volume.pread_into, view[:inside], offset_bytes) if inside else 0
+        try:
+            return self._volume.pread_into(buffer, offset_bytes)
+        except (Failure, OverflowError, TypeError):
+            return self._do(self._volume.pread_into, buffer, offset_bytes)
 
     def pread(self, length_bytes: int, offset_bytes: int) -> bytes:
         """Bytes at an offset; fewer at the end."""
@@ -312,8 +311,8 @@ class Disk(Readable):
         """
         try:
             written = self._volume.pwrite(data, offset_bytes)
-        except (Failure, OverflowError, TypeError, ValueError):
-            written = self._do(self._volume.pwrite, memoryview(data).cast("B"), offset_bytes)
+        except (Failure, OverflowError, TypeError):
+            written = self._do(self._volume.pwrite, data, offset_bytes)
         if fua:
             self.flush()
         return written
