@@ -243,14 +243,17 @@ class _File:
     def torn(self, random_: random.Random) -> bytes:
         """With a part of it done."""
         data = bytearray(self.durable)
+        live = bytearray(self.durable)
         for operation in self.pending:
+            _apply(live, operation)
             if operation.kind == "write_at":
                 share = random_.choice((0.0, 0.1, 0.5, 0.9, 1.0))
                 size_bytes = len(data)
-                for start in range(0, len(operation.data), SECTOR_BYTES):
+                stop = operation.offset_bytes + len(operation.data)
+                # Sectors of the file. What a write leaves of the first and the last is what was there just before it.
+                for at in range(operation.offset_bytes // SECTOR_BYTES * SECTOR_BYTES, stop, SECTOR_BYTES):
                     if random_.random() < share:
-                        part = operation.data[start : start + SECTOR_BYTES]
-                        _put(data, operation.offset_bytes + start, part)
+                        _put(data, at, bytes(live[at : at + SECTOR_BYTES]))
                 end = max(size_bytes, operation.offset_bytes + len(operation.data))
                 # The size may come without the data, or not all of the data's size.
                 size_bytes = random_.choice((len(data), end, random_.randint(size_bytes, end)))
