@@ -60,6 +60,8 @@ cdef struct Pages:
     uint64_t sheet_count
     int64_t resident
     int64_t limit
+    int64_t dirty_sheets
+    int64_t slice_pages
     # The sheets that are in memory, and where `pages_trim` goes on among them.
     Numbers loaded
     uint64_t hand

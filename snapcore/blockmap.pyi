@@ -60,6 +60,9 @@ class PageFile:
         used: npt.NDArray[np.uint64],
         cache_bytes: int,
     ) -> None: ...
+    slice_pages: int
+    """How many pages `tally` and `exclusive` look at before they let others have the lock."""
+
     @property
     def generation(self) -> int: ...
     @property

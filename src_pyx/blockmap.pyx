@@ -35,6 +35,9 @@ cdef uint64_t SLOT_MASK = (<uint64_t> 1 << 48) - 1
 cdef uint64_t GENERATION_MASK = (<uint64_t> 1 << 56) - 1
 cdef uint64_t BLOCK_LIMIT = <uint64_t> 1 << 40
 cdef uint64_t MAX_POSITIONS = <uint64_t> 1 << 35
+# Pages that a walk looks at before it lets others have the lock, some ms.
+cdef int64_t SLICE_PAGES = 16384
+cdef int64_t NO_LIMIT = <int64_t> 1 << 62
 # The map file grows by about a MiB.
 cdef uint64_t GROWTH_SLOTS = 1024
 cdef uint64_t MAX_SLOTS = <uint64_t> 1 << 40
@@ -196,7 +199,13 @@ cdef void _give_slot(Pages *pages, uint64_t slot) noexcept nogil:
     pages.used[slot >> 6] &= ~(<uint64_t> 1 << (slot & 63))
     pages.free_slots += 1
     sheet.checked &= ~bit
-    sheet.dirty &= ~bit
+    _make_clean(pages, sheet, bit)
+
+
+cdef inline void _make_clean(Pages *pages, Sheet *sheet, uint16_t bit) noexcept nogil:
+    if sheet.dirty & bit:
+        sheet.dirty &= ~bit
+        pages.dirty_sheets -= sheet.dirty == 0
 
 
 # Sheets and pages
@@ -293,6 +302,7 @@ cdef uint64_t page_new(Pages *pages, int kind, uint64_t **entries) noexcept nogi
         _give_slot(pages, slot)
         return 0
     sheet.checked |= bit
+    pages.dirty_sheets += sheet.dirty == 0
     sheet.dirty |= bit
     sheet.touched = 1
     words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
@@ -322,7 +332,7 @@ cdef void pages_trim(Pages *pages) noexcept nogil:
     # A few at a time: when most of what is over the limit is dirty, looking at all would cost more than it frees.
     cdef int left = 64
     cdef Sheet *sheet
-    while pages.resident > pages.limit and left:
+    while pages.resident - pages.dirty_sheets > pages.limit and left:
         left -= 1
         if pages.hand >= pages.loaded.count:
             pages.hand = 0
@@ -400,6 +410,7 @@ cdef int tree_set(
     cdef uint64_t other = parent
     cdef uint64_t freed_before = freed.count
     cdef Numbers released
+    cdef Slice whole
     cdef uint64_t was, beside
     cdef uint32_t i
     cdef int index, at
@@ -438,7 +449,9 @@ cdef int tree_set(
             was = _child(old[level], ref, index + i)
             beside = _child(peer, other, index + i)
             if _is_page(was) and was != beside:
-                result = _collect(pages, level - 1, was, &beside, 1, freed, &released)
+                whole.first = 0
+                whole.pages_left = NO_LIMIT
+                result = _collect(pages, level - 1, was, &beside, 1, &whole, freed, &released)
                 if result < 0:
                     break
     if result == 0:
@@ -522,8 +535,31 @@ cdef int tree_fill(
 
 # What only one tree holds
 
+# A walk in slices: it begins at `first`, and ends with 1 and `resume` set when it has looked at enough pages. What a
+# page on the way down belongs to is told when its first position is in the slice.
+cdef struct Slice:
+    uint64_t first
+    uint64_t resume
+    int64_t pages_left
+    bint at_leaf
+
+
+cdef inline bint _is_enough(Slice *part, uint64_t position) noexcept nogil:
+    if part.pages_left > 0 or not part.at_leaf:
+        return False
+    part.resume = position
+    return True
+
+
+cdef inline int _first_index(Slice *part, uint64_t base, int level) noexcept nogil:
+    if part.first <= base:
+        return 0
+    return <int> min(<uint64_t> FAN_OUT, (part.first - base) >> _shift(level))
+
+
 cdef int _collect(
-    Pages *pages, int level, uint64_t ref, const uint64_t *others, uint32_t count, Numbers *blocks, Numbers *refs
+    Pages *pages, int level, uint64_t ref, const uint64_t *others, uint32_t count, Slice *part,
+    Numbers *blocks, Numbers *refs
 ) noexcept nogil:
     """Blocks and pages under a page that none of `others` (at the same place) holds."""
     cdef uint64_t *scratch = <uint64_t *> malloc((<size_t> count + 1) * 2 * LEVELS * sizeof(uint64_t))
@@ -539,19 +575,20 @@ cdef int _collect(
         if _is_page(others[i]):
             scratch[left] = others[i]
             left += 1
-    result = _collect_under(pages, level, ref, scratch, left, count + 1, blocks, refs)
+    result = _collect_under(pages, level, ref, 0, scratch, left, count + 1, part, blocks, refs)
     free(scratch)
     return result
 
 
 cdef int _collect_under(
-    Pages *pages, int level, uint64_t ref, uint64_t *others, uint32_t count, uint32_t stride,
-    Numbers *blocks, Numbers *refs
+    Pages *pages, int level, uint64_t ref, uint64_t base, uint64_t *others, uint32_t count, uint32_t stride,
+    Slice *part, Numbers *blocks, Numbers *refs
 ) noexcept nogil:
     # `others` has its references and, `stride` further, room for the pages; then the next level's.
     cdef uint64_t *page = page_at(pages, ref, level)
     cdef const uint64_t **peers = <const uint64_t **> (others + stride)
     cdef uint64_t *below = others + 2 * stride
+    cdef uint64_t span = <uint64_t> 1 << _shift(level)
     cdef uint64_t entry, other
     cdef uint32_t j, left
     cdef int i, result
@@ -561,11 +598,14 @@ cdef int _collect_under(
         peers[j] = page_at(pages, others[j], level)
         if peers[j] == NULL:
             return pages.failure
-    if numbers_add(refs, ref) < 0:
+    part.pages_left -= 1 + <int64_t> count
+    if base >= part.first and numbers_add(refs, ref) < 0:
         return _fail(pages, NO_MEMORY, 0, 0)
-    if level == 0 and numbers_reserve(blocks, FAN_OUT) < 0:
-        return _fail(pages, NO_MEMORY, 0, 0)
-    for i in range(FAN_OUT):
+    if level == 0:
+        part.at_leaf = True
+        if numbers_reserve(blocks, FAN_OUT) < 0:
+            return _fail(pages, NO_MEMORY, 0, 0)
+    for i in range(_first_index(part, base, level), FAN_OUT):
         entry = page[i]
         if entry <= LOST:
             continue
@@ -581,9 +621,13 @@ cdef int _collect_under(
             if level == 0:
                 blocks.items[blocks.count] = entry
                 blocks.count += 1
+            elif _is_enough(part, base + i * span):
+                return 1
             else:
-                result = _collect_under(pages, level - 1, entry, below, left, stride, blocks, refs)
-                if result < 0:
+                result = _collect_under(
+                    pages, level - 1, entry, base + i * span, below, left, stride, part, blocks, refs
+                )
+                if result:
                     return result
     return 0
 
@@ -701,32 +745,40 @@ cdef struct Tally:
     uint64_t pages
 
 
-cdef int _walk_tally(Pages *pages, int level, uint64_t ref, uint64_t other, Tally *tally) noexcept nogil:
+cdef int _walk_tally(
+    Pages *pages, int level, uint64_t ref, uint64_t other, uint64_t base, Slice *part, Tally *tally
+) noexcept nogil:
     """Blocks of two trees and pages of the first, without the pages that they share."""
     cdef uint64_t *page = NULL
     cdef uint64_t *peer = NULL
+    cdef uint64_t span = <uint64_t> 1 << _shift(level)
     cdef uint64_t one, two
     cdef int i, result
+    part.pages_left -= 1
     if _is_page(ref):
         page = page_at(pages, ref, level)
         if page == NULL:
             return pages.failure
-        tally.pages += 1
+        tally.pages += base >= part.first
     if _is_page(other):
         peer = page_at(pages, other, level)
         if peer == NULL:
             return pages.failure
     if page == NULL and peer == NULL:
         return 0
-    for i in range(FAN_OUT):
+    if level == 0:
+        part.at_leaf = True
+    for i in range(_first_index(part, base, level), FAN_OUT):
         one = _child(page, ref, i)
         two = _child(peer, other, i)
         if level == 0:
             tally.blocks += one > LOST
             tally.other_blocks += two > LOST
         elif one != two and (_is_page(one) or _is_page(two)):
-            result = _walk_tally(pages, level - 1, one, two, tally)
-            if result < 0:
+            if _is_enough(part, base + i * span):
+                return 1
+            result = _walk_tally(pages, level - 1, one, two, base + i * span, part, tally)
+            if result:
                 return result
     return 0
 
@@ -956,6 +1008,7 @@ cdef class PageFile:
         self.pages.descriptor = descriptor
         self.pages.seed = seed
         self.pages.generation = generation
+        self.pages.slice_pages = SLICE_PAGES
         self.pages.limit = max(16, cache_bytes // SHEET_BYTES)
         self.pages.next_slot = FIRST_SLOT
         if _grow(self.pages, slots) < 0:
@@ -1000,6 +1053,14 @@ cdef class PageFile:
     @property
     def free_slots(self):
         return self.pages.free_slots
+
+    @property
+    def slice_pages(self):
+        return self.pages.slice_pages
+
+    @slice_pages.setter
+    def slice_pages(self, int64_t count):
+        self.pages.slice_pages = count
 
     @property
     def resident_bytes(self):
@@ -1116,12 +1177,17 @@ cdef class PageFile:
 
     def tally(self, uint64_t root, uint64_t other=0):
         cdef Tally tally
-        cdef int result = 0
+        cdef Slice part
+        cdef int result = 1
         memset(&tally, 0, sizeof(tally))
-        if root != other:
+        memset(&part, 0, sizeof(part))
+        while root != other and result == 1:
+            part.first = part.resume
+            part.pages_left = self.pages.slice_pages
+            part.at_leaf = False
             with nogil:
                 self._enter()
-                result = _walk_tally(self.pages, LEVELS - 1, root, other, &tally)
+                result = _walk_tally(self.pages, LEVELS - 1, root, other, 0, &part, &tally)
                 self._leave()
         self.check(result)
         return tally.blocks, tally.other_blocks, tally.pages
@@ -1131,13 +1197,18 @@ cdef class PageFile:
         cdef uint32_t count = <uint32_t> (beside.shape[0] - 1)
         cdef Numbers blocks
         cdef Numbers refs
-        cdef int result = 0
+        cdef Slice part
+        cdef int result = 1
         memset(&blocks, 0, sizeof(blocks))
         memset(&refs, 0, sizeof(refs))
-        if root > LOST:
+        memset(&part, 0, sizeof(part))
+        while root > LOST and result == 1:
+            part.first = part.resume
+            part.pages_left = self.pages.slice_pages
+            part.at_leaf = False
             with nogil:
                 self._enter()
-                result = _collect(self.pages, LEVELS - 1, root, &beside[0], count, &blocks, &refs)
+                result = _collect(self.pages, LEVELS - 1, root, &beside[0], count, &part, &blocks, &refs)
                 self._leave()
         try:
             self.check(result)
@@ -1304,7 +1375,7 @@ cdef class PageFile:
                 words = <uint64_t *> (sheet.bytes + (slot % SHEET_SLOTS) * SLOT_BYTES)
                 # A page of this generation may have changed since it was staged, or may yet; the catalog's never do.
                 if not _is_current(self.pages, words + 2) or words[1] >> 56 == KIND_CATALOG:
-                    sheet.dirty &= ~(<uint16_t> (1 << (slot % SHEET_SLOTS)))
+                    _make_clean(self.pages, sheet, <uint16_t> (1 << (slot % SHEET_SLOTS)))
             self._leave()
 
     def release(self):

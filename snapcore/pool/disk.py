@@ -14,7 +14,7 @@ from typing_extensions import Buffer
 
 from snapcore import extents
 from snapcore.blockmap import Failure
-from snapcore.errors import UsageError
+from snapcore.errors import NotFoundError, UsageError
 from snapcore.extents import Extents
 from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
@@ -161,7 +161,8 @@ class Readable:
         at, last = offset_bytes // BLOCK_BYTES, (stop + BLOCK_BYTES - 1) // BLOCK_BYTES
         parts = [np.empty((0, 3), dtype=np.int64)]
         while at < last:
-            runs, at = self._do(self._engine.core.page_file.runs, self._root(), at, last, _RUNS)
+            with self.still():
+                runs, at = self._engine.core.page_file.runs(self._root(), at, last, _RUNS)
             parts.append(runs)
         runs = np.concatenate(parts)
         mapped = runs[:, 2] != 1
@@ -207,6 +208,14 @@ class Readable:
             progress=progress,
             executor=executor,
         )
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """While the map of this version is walked."""
+        if not self._volume.attached:
+            raise NotFoundError(f"{self._what()}: it was deleted or closed")
+        with self._engine.still([self._volume.version], self._what()):
+            yield
 
     def _root(self) -> int:
         return self._volume.root

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from snapcore.blockmap import Failure
@@ -63,10 +63,9 @@ class Engine:
             except OSError as error:
                 raise from_os_error(error, f"opening the pool {self.files.folder}") from error
             return
-        if opened.replayed:
-            # A replayed log does not tell which ghosts lost a block to a child.
-            for record in self.catalog.of_kind("ghost"):
-                record.stirred = True
+        # Neither the log nor a checkpoint that came while others wrote tells which ghosts lost a block to a child.
+        for record in self.catalog.of_kind("ghost"):
+            record.stirred = True
         self.checkpoint()
 
     @property
@@ -87,6 +86,17 @@ class Engine:
                 yield self.versions.catalog
             except Failure as failure:
                 raise typed(failure, self.folder, what or self.folder) from None
+
+    @contextlib.contextmanager
+    def still(self, versions: Iterable[int], what: str = "") -> Iterator[None]:
+        """Hold versions still, and writers to heads among them: their roots stay good while a walk uses them."""
+        with self.reading(what):
+            gates = self.versions.heads_beside(versions)
+            self.core.close_gates(gates)
+            try:
+                yield
+            finally:
+                self.core.open_gates(gates)
 
     def change(self, what: str, prepare: Callable[[Catalog], tuple[events.Event, Sequence[int], Result]]) -> Result:
         """Change versions durably.

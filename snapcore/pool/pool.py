@@ -215,9 +215,7 @@ class Pool:
         """All snapshots, or a disk's own, oldest first."""
         number = None if disk is None else int((disk if isinstance(disk, Disk) else self.open_disk(disk)).id)
         with self._reading() as catalog:
-            records = [
-                record for record in catalog.of_kind("snapshot") if number is None or record.disk == number
-            ]
+            records = [record for record in catalog.of_kind("snapshot") if number is None or record.disk == number]
             return [self._snapshot(record) for record in records]
 
     def snapshot(self, ref: SnapshotRef) -> Snapshot:
@@ -584,11 +582,13 @@ class Pool:
         end = end if stop is None else min(end, stop)
         with self._reading() as catalog:
             if one is not None and catalog.family(_at(one)) != catalog.family(_at(two)):
-                raise UsageError(f"{one.name!r} and {two.name!r} are of no common origin; compare what they hold instead")
+                raise UsageError(
+                    f"{one.name!r} and {two.name!r} are of no common origin; compare what they hold instead"
+                )
         at, last = start // BLOCK_BYTES, (end + BLOCK_BYTES - 1) // BLOCK_BYTES
         pages = self._engine.core.page_file
         while at < last:
-            with self._reading():
+            with two.still(), one.still() if one is not None else contextlib.nullcontext():
                 root = one._root() if one is not None else 0
                 runs, at = pages.difference(root, two._root(), at, last, _DIFF_RUNS)
             yield extents.clipped(runs * BLOCK_BYTES, start, end)
@@ -605,16 +605,16 @@ class Pool:
         raise NotFoundError(f"there is no snapshot or disk {ref!r} in {self.path}")
 
     def usage(self) -> PoolUsage:
-        """What disks, snapshots and the pool take. Cost grows with what each version has of its own."""
-        with self._reading():
-            self._engine.sweep()
+        """What disks, snapshots and the pool take. Cost grows with what each version has of its own; writers wait."""
+        self._engine.sweep()
+        with self._reading() as catalog, self._engine.still(catalog.versions):
             return measure(self._engine)
 
     def unique_bytes(self, versions: Iterable[VersionRef]) -> int:
         """What would be free if all of these were deleted."""
         found = [self._version(ref) for ref in versions]
-        with self._reading():
-            self._engine.sweep()
+        self._engine.sweep()
+        with self._reading() as catalog, self._engine.still(catalog.versions):
             return self._engine.versions.unique_blocks([_at(version) for version in found]) * BLOCK_BYTES
 
     def flush(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,7 @@ def _load(files: Files, block: Superblock, log: journal.Journal, cache_bytes: in
     for ref in refs:
         slot = ref & _SLOT_MASK
         used[slot >> 6] |= np.uint64(1 << (slot & 63))
-    pages = PageFile(files.map, block.seed, block.generation + 1, block.slots, used, cache_bytes)
+    pages = PageFile(files.map, block.seed, _next_generation(block), block.slots, used, cache_bytes)
     core = _core(files, pages, block, log, _space(files, pages, block), block.space_root)
     return Versions(catalog, core), refs
 
@@ -94,7 +95,7 @@ def _load_catalog(files: Files, block: Superblock, cache_bytes: int) -> tuple[Ca
 def _with_all_slots(files: Files, block: Superblock, cache_bytes: int) -> PageFile:
     """For reading before it is known which slots are used."""
     every = np.full((block.slots + 63) // 64, (1 << 64) - 1, dtype=np.uint64)
-    return PageFile(files.map, block.seed, block.generation + 1, block.slots, every, cache_bytes)
+    return PageFile(files.map, block.seed, _next_generation(block), block.slots, every, cache_bytes)
 
 
 def _core(
@@ -154,6 +155,15 @@ def _beyond(words: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.uint64]:
     return rest
 
 
+def _next_generation(block: Superblock) -> int:
+    """A generation that no page in the file is of.
+
+    A checkpoint that a crash cut short has written pages of the one that would come next, and they must not be taken
+    for what is written there now; so after a crash some are skipped, and by chance, since there may be several crashes.
+    """
+    return block.generation + 1 + (0 if block.clean else secrets.randbelow(1 << 15))
+
+
 def _read_log(files: Files, block: Superblock, *, give_up: bool) -> journal.Journal:
     if block.clean:
         # Nothing was committed behind this checkpoint; old sectors in the log say nothing.
@@ -190,7 +200,7 @@ def rebuild_state(files: Files, cache_bytes: int) -> Opened:
         log = _read_log(files, block, give_up=True)
         catalog, refs = _load_catalog(files, block, cache_bytes)[:2]
         reached, blocks, lost = _reach(files, block, catalog, refs, cache_bytes)
-        pages = PageFile(files.map, block.seed, block.generation + 1, block.slots, reached, cache_bytes)
+        pages = PageFile(files.map, block.seed, _next_generation(block), block.slots, reached, cache_bytes)
         if lost:
             cut = _Cut(pages, block.end_blocks)
             for record in catalog.versions.values():

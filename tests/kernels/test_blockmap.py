@@ -911,6 +911,7 @@ def test_a_change_for_which_there_is_no_space_changes_nothing(
         pages = opened(file, 64)
         root, tree = build(pages, before)
         in_the_way(pages, room)
+        room = pages.free_slots
         used = pages.used_slots().tolist()
         with files_no_longer_than(1000):
             for method, entry in (("assign", 9999), ("fill", 1)):
@@ -1222,3 +1223,26 @@ def test_mark_wants_room_for_all_slots_and_blocks() -> None:
     for wrong in [(2, 2, 258, 128), (3, 1, 258, 128), (3, 2, 257, 128), (0, 0, 0, 0), (3, 2, 258, 2**64 - 1)]:
         with pytest.raises(ValueError, match="too short"):
             mark(*wrong)
+
+
+@given(st.data())
+def test_a_walk_in_slices_finds_what_one_in_one_go_finds(data: st.DataObject) -> None:
+    with new_file() as file:
+        walk_in_slices(data, opened(file))
+
+
+def walk_in_slices(data: st.DataObject, pages: PageFile) -> None:
+    """Compare the two ways on trees that share pages."""
+    roots = [0]
+    positions = st.one_of(st.integers(0, 2000), st.integers(0, 2**35 - 10))
+    block = 3
+    for _ in range(data.draw(st.integers(1, 25))):
+        parent = data.draw(st.sampled_from(roots))
+        count = data.draw(st.integers(1, 9))
+        root, _ = pages.assign(parent, parent, data.draw(positions), count, block)
+        block += count
+        roots.append(root)
+    one, *others = data.draw(st.lists(st.sampled_from(roots), min_size=2, max_size=5))
+    whole = pages.tally(one, others[0]), *map(list, pages.exclusive(one, others))
+    pages.slice_pages = data.draw(st.integers(-3, 5))
+    assert (pages.tally(one, others[0]), *map(list, pages.exclusive(one, others))) == whole
