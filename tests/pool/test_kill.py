@@ -60,17 +60,18 @@ class Promised:
 
     def hear(self, output: str) -> None:
         """Take in what a process said; a line that the kill cut short was not said."""
+        tried: dict[tuple[int, int], int] = {}
         for line in output[: output.rfind("\n") + 1].splitlines():
             self.said += 1
             word, *rest = line.split()
             if word == "writing":
                 thread, block, count = map(int, rest)
-                self.latest[thread, block] = count
+                self.latest[thread, block] = tried[thread, block] = count
             elif word == "written":
                 self.flushes += 1
                 thread = int(rest[0])
-                for block in range(OWN_BLOCKS):
-                    self.durable[thread, block] = self.latest[thread, block]
+                for key in [key for key in tried if key[0] == thread]:
+                    self.durable[key] = tried.pop(key)
             elif word == "cut":
                 self.names.add(rest[0])
                 self.cut[rest[0]] = dict(self.latest)
