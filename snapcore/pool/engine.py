@@ -194,11 +194,13 @@ class Engine:
         if isinstance(failure, LogFull):
             self.checkpoint()
             return True
-        if failure.result == LIMIT_REACHED and (self.core.held_blocks or self.core.reclaimable):
+        if failure.result == LIMIT_REACHED:
+            core = self.core
+            waiting, taken = bool(core.held_blocks or core.reclaimable), core.used_blocks + core.held_blocks
             self.sweep()
             self.commit("making room")
-            self.core.reclaim()
-            return True
+            core.reclaim()
+            return waiting or core.used_blocks + core.held_blocks < taken
         return False
 
     def sweep(self) -> None:

@@ -194,6 +194,8 @@ class Versions:
         """Put a version with what a head holds between the head and its parent."""
         head = self.catalog.versions[self.catalog.disks[disk].head]
         root = self.volumes[head.id].root
+        # The head gets another parent; what it took away from the one that it has must not be forgotten.
+        self._note_stirred(head.id)
         self.catalog.add(
             Version(
                 id=version,
@@ -365,11 +367,15 @@ class Versions:
 
     def stirred(self) -> list[int]:
         """Ghosts that may hold what nobody needs."""
-        for version, volume in self.volumes.items():
-            parent = self.catalog.versions[version].parent
-            if parent and volume.take_stirred():
-                self.catalog.versions[parent].stirred = True
+        for version in self.volumes:
+            self._note_stirred(version)
         return [record.id for record in self.catalog.of_kind("ghost") if record.stirred]
+
+    def _note_stirred(self, head: int) -> None:
+        """Mark the ghost above a head that took a block away from it."""
+        parent = self.catalog.versions[head].parent
+        if parent and self.volumes[head].take_stirred():
+            self.catalog.versions[parent].stirred = True
 
     def unique_blocks(self, versions: Iterable[int]) -> int:
         """How many blocks would be free if these versions were deleted."""

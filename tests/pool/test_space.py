@@ -1,0 +1,215 @@
+"""Space: what no version holds any more is freed, whatever came in between; limits refuse writes and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapcore.errors import OutOfSpaceError, UsageError
+from snapcore.pool import Disk, Pool
+from tests.support.pools import BLOCK_BYTES, MIB, SMALL_LOG_BYTES, check_space
+
+BLOCK = BLOCK_BYTES
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[Pool]:
+    with Pool.create(tmp_path / "pool", log_bytes=SMALL_LOG_BYTES, background=False) as made:
+        yield made
+
+
+def _filled(pool: Pool, name: str, blocks: int, size_bytes: int = MIB) -> Disk:
+    disk = pool.create_disk(name, size_bytes)
+    disk.pwrite(b"a" * blocks * BLOCK, 0)
+    return disk
+
+
+def _blocks(pool: Pool) -> int:
+    pool.checkpoint()
+    return pool.usage().allocated_bytes // BLOCK
+
+
+def test_what_a_clone_and_its_source_both_overwrote_is_freed(pool: Pool) -> None:
+    """No snapshot ever showed it: only the ghost that the clone left between them held it."""
+    disk = _filled(pool, "disk", 3)
+    clone = disk.clone("clone")
+    assert _blocks(pool) == 3
+    clone.pwrite(b"b" * BLOCK, BLOCK)
+    assert _blocks(pool) == 4
+    disk.pwrite(b"c" * BLOCK, BLOCK)
+    check_space(pool, 4)
+
+
+def test_what_was_overwritten_before_a_cut_is_freed_after_it(pool: Pool) -> None:
+    """The cut puts a snapshot between the disk and the ghost that the disk took a block away from."""
+    disk = _filled(pool, "disk", 1)
+    clone = disk.clone("clone")
+    disk.pwrite(b"b" * BLOCK, 0)
+    clone.pwrite(b"c" * BLOCK, 0)
+    pool.snapshot_group([disk, clone])
+    check_space(pool, 2)
+
+
+def test_what_was_overwritten_before_a_checkpoint_is_freed_after_a_crash(pool: Pool) -> None:
+    """A checkpoint that a full log calls for does not sweep, and a crash right behind it leaves an empty log."""
+    disk = _filled(pool, "disk", 1)
+    clone = disk.clone("clone")
+    disk.pwrite(b"b" * BLOCK, 0)
+    clone.pwrite(b"c" * BLOCK, 0)
+    pool._engine.checkpoint()
+    pool._engine.abandon()
+    with Pool.open(pool.path, background=False) as again:
+        check_space(again, 2)
+    pool._closed = True
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+def test_deleting_all_snapshots_leaves_what_the_disk_has(pool: Pool, order: tuple[int, ...]) -> None:
+    disk = _filled(pool, "disk", 8)
+    taken = []
+    for step in range(3):
+        taken.append(disk.snapshot())
+        disk.pwrite(b"d" * (step + 1) * BLOCK, step * BLOCK)
+    for place in order:
+        pool.delete_snapshot(taken[place])
+        check_space(pool)
+    check_space(pool, 8)
+
+
+def test_deleting_everything_leaves_nothing(pool: Pool) -> None:
+    disk = _filled(pool, "disk", 8)
+    snapshot = disk.snapshot()
+    clone = disk.clone("clone")
+    clone.pwrite(b"b" * BLOCK, 0)
+    disk.delete()
+    clone.delete()
+    assert _blocks(pool) == 8
+    snapshot.delete()
+    check_space(pool, 0)
+
+
+def test_rolling_back_frees_what_was_written_since(pool: Pool) -> None:
+    disk = _filled(pool, "disk", 2)
+    snapshot = disk.snapshot()
+    disk.pwrite(b"b" * 20 * BLOCK, 0)
+    assert _blocks(pool) == 22
+    disk.rollback(snapshot)
+    check_space(pool, 2)
+
+
+def test_discarding_gives_blocks_back_and_punches_them_out_of_the_data_file(pool: Pool) -> None:
+    disk = _filled(pool, "disk", 200)
+    disk.flush()
+    data = Path(pool.path, "data")
+    before = data.stat().st_blocks
+    disk.discard(0, 100 * BLOCK)
+    check_space(pool, 100)
+    assert data.stat().st_blocks <= before - 100 * BLOCK // 512
+
+
+def test_zeros_for_parts_of_blocks_keep_the_rest(pool: Pool) -> None:
+    disk = _filled(pool, "disk", 3)
+    disk.write_zeroes(100, 2 * BLOCK)
+    assert disk.pread(3 * BLOCK, 0) == b"a" * 100 + bytes(2 * BLOCK) + b"a" * (BLOCK - 100)
+    check_space(pool, 2)
+
+
+def test_discarding_the_last_short_block_frees_it(pool: Pool) -> None:
+    disk = pool.create_disk("disk", BLOCK + 10)
+    disk.pwrite(b"a" * (BLOCK + 10), 0)
+    disk.discard(BLOCK, 10)
+    check_space(pool, 1)
+
+
+def test_freed_space_is_used_again(pool: Pool) -> None:
+    """The data file does not grow for ever."""
+    disk = _filled(pool, "disk", 256)
+    lengths = set()
+    for _ in range(20):
+        disk.discard(0, MIB)
+        pool.checkpoint()
+        disk.pwrite(b"b" * MIB, 0)
+        pool.checkpoint()
+        lengths.add(pool.usage().data_bytes)
+    assert max(lengths) <= 4 * MIB
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Pool]:
+    with Pool.create(tmp_path / "small", limit_bytes=MIB, log_bytes=SMALL_LOG_BYTES, background=False) as made:
+        yield made
+
+
+def test_a_write_beyond_the_limit_is_refused_and_nothing_else_is_touched(small: Pool) -> None:
+    disk = _filled(small, "disk", 250, 4 * MIB)
+    with pytest.raises(OutOfSpaceError, match=r"'disk'.*limit of 1048576 bytes"):
+        disk.pwrite(b"b" * 9 * BLOCK, 248 * BLOCK)
+    assert disk.pread(2 * BLOCK, 248 * BLOCK) == b"a" * 2 * BLOCK
+    disk.pwrite(b"c" * 6 * BLOCK, 250 * BLOCK)
+    disk.pwrite(b"d" * 256 * BLOCK, 0)
+    assert small.usage().free_bytes == 0
+
+
+def test_reads_cuts_and_deletions_go_on_in_a_full_pool_and_writes_once_there_is_room(small: Pool) -> None:
+    disk = _filled(small, "disk", 256, 4 * MIB)
+    snapshot = disk.snapshot()
+    with pytest.raises(OutOfSpaceError):
+        disk.pwrite(b"b", 0)
+    assert disk.pread(MIB, 0) == b"a" * MIB
+    snapshot.delete()
+    disk.pwrite(b"b", 0)
+    second = disk.snapshot()
+    with pytest.raises(OutOfSpaceError):
+        disk.pwrite(b"c", 0)
+    disk.discard(0, MIB)
+    second.delete()
+    disk.pwrite(b"c" * MIB, MIB)
+
+
+def test_what_only_a_ghost_holds_makes_room_when_a_write_needs_it(small: Pool) -> None:
+    """Blocks that a clone and its source both left are free for the asking, without a checkpoint in between."""
+    disk = _filled(small, "disk", 80, MIB)
+    clone = disk.clone("clone")
+    disk.pwrite(b"b" * 80 * BLOCK, 0)
+    clone.pwrite(b"c" * 80 * BLOCK, 0)
+    disk.pwrite(b"d" * 96 * BLOCK, 80 * BLOCK)
+    assert (disk.pread(1, 0), clone.pread(1, 0)) == (b"b", b"c")
+
+
+def test_a_limit_can_be_raised_lowered_and_is_kept(small: Pool) -> None:
+    disk = _filled(small, "disk", 256, 4 * MIB)
+    small.limit_bytes = 2 * MIB
+    disk.pwrite(b"b" * MIB, MIB)
+    small.limit_bytes = MIB
+    with pytest.raises(OutOfSpaceError):
+        disk.pwrite(b"c" * BLOCK, 2 * MIB)
+    assert small.usage().free_bytes == 0
+    disk.pwrite(b"c" * BLOCK, 0)
+    small.close()
+    with Pool.open(small.path, background=False) as again:
+        assert again.limit_bytes == again.usage().limit_bytes == MIB
+        again.limit_bytes = 0
+        again.open_disk("disk").pwrite(b"c" * BLOCK, 2 * MIB)
+        assert again.usage().free_bytes is None
+        with pytest.raises(UsageError, match="negative"):
+            again.limit_bytes = -1
+
+
+def test_a_pool_that_nobody_closed_is_collected_without_harm(tmp_path: Path) -> None:
+    """In cycles the collector takes things apart in any order."""
+    code = (
+        "import gc, sys\n"
+        "from snapcore.pool import Pool\n"
+        "pool = Pool.create(sys.argv[1], background=False)\n"
+        "disk = pool.create_disk('disk', 1 << 20)\n"
+        "pool.mine = [pool, disk.snapshot(), disk.clone('clone')]\n"
+        "del pool, disk\n"
+        "gc.collect()\n"
+        "print('well')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "pool")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")
