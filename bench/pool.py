@@ -7,6 +7,7 @@ Medians of rounds; CPU by getrusage where the bar asks for CPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import resource
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,11 +35,29 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[..., object], *arguments: object) -> float:
     """Seconds that a call takes."""
     start = time.perf_counter()
-    function()
+    function(*arguments)
     return time.perf_counter() - start
+
+
+def write_raw(raw: int, data: bytes, offsets: Iterable[int], *, sync: bool = False) -> None:
+    """Write the same at all offsets of a raw file, synced each."""
+    pwrite, fdatasync = os.pwrite, os.fdatasync
+    for offset in offsets:
+        pwrite(raw, data, offset)
+        if sync:
+            fdatasync(raw)
+
+
+def write_disk(disk: Disk, data: bytes, offsets: Iterable[int], *, sync: bool = False) -> None:
+    """The same to a disk."""
+    pwrite, flush = disk.pwrite, disk.flush
+    for offset in offsets:
+        pwrite(data, offset)
+        if sync:
+            flush()
 
 
 def show(name: str, got: str, bar: str) -> None:
@@ -98,11 +117,11 @@ def changes_of_versions(folder: Path) -> None:
                     disk.pwrite(b"x" * BLOCK, rng.randrange(size // BLOCK) * BLOCK)
                     disk.snapshot()
                     made += 1
-                syncs = [timed(lambda: _one_sync(pool)) for _ in range(100)]
+                syncs = [timed(_one_sync, pool) for _ in range(100)]
                 snapshots = [timed(disk.snapshot) for _ in range(100)]
-                clones = [timed(lambda i=i: disk.clone(f"c{depth}n{i}")) for i in range(100)]
+                clones = [timed(disk.clone, f"c{depth}n{i}") for i in range(100)]
                 target = disk.snapshot()
-                rollbacks = [timed(lambda: disk.rollback(target)) for _ in range(100)]
+                rollbacks = [timed(disk.rollback, target) for _ in range(100)]
                 made += 101
                 sync = percentile(syncs, 0.5)
                 for name, times in (("snapshot", snapshots), ("clone", clones), ("rollback", rollbacks)):
@@ -140,7 +159,7 @@ def reads(folder: Path) -> None:
                 pread_into(buffer, offset)
 
         batch = np.array(offsets, dtype=np.int64)
-        rows = np.empty((len(offsets), BLOCK), dtype=np.uint8)
+        rows = np.ones((len(offsets), BLOCK), dtype=np.uint8)
         by_depth: dict[int, list[float]] = {}
         for depth in (0, 1000):
             if depth:
@@ -181,9 +200,9 @@ def writes(folder: Path) -> None:
                     disk.snapshot()
                 os.fsync(raw)
                 disk.flush()
-                raw_s = timed(lambda: [os.pwrite(raw, data, offset) for offset in offsets])
+                raw_s = timed(write_raw, raw, data, offsets)
                 os.fsync(raw)
-                disk_s = timed(lambda: [disk.pwrite(data, offset) for offset in offsets])
+                disk_s = timed(write_disk, disk, data, offsets)
                 disk.flush()
                 ratios.append(raw_s / disk_s)
             for snapshot in pool.snapshots() if redirected else ():
@@ -192,12 +211,15 @@ def writes(folder: Path) -> None:
 
         show("random 4-KiB writes, the disk's own blocks", f"{rate(False):.2f} x os.pwrite", "0.8")
         show("random 4-KiB writes right after a snapshot", f"{rate(True):.2f} x os.pwrite", "0.6")
+        # A disk that was written in order: blocks that random writes have scattered are written one by one.
+        disk = pool.create_disk("orderly", TIB)
+        fill(disk, size)
         ratios = []
         for _ in range(ROUNDS):
             offsets = range(0, size, MIB)
-            raw_s = timed(lambda: [os.pwrite(raw, big, offset) for offset in offsets])
+            raw_s = timed(write_raw, raw, big, offsets)
             os.fsync(raw)
-            ratios.append(raw_s / timed(lambda: [disk.pwrite(big, offset) for offset in offsets]))
+            ratios.append(raw_s / timed(write_disk, disk, big, offsets))
             disk.flush()
         show("sequential 1-MiB writes", f"{statistics.median(ratios):.2f} x os.pwrite", "0.8")
         for redirected, bar in ((False, "0.8"), (True, "0.45")):
@@ -206,8 +228,8 @@ def writes(folder: Path) -> None:
                 offsets = places()[:100]
                 if redirected:
                     disk.snapshot()
-                raw_s = timed(lambda: [(os.pwrite(raw, data, offset), os.fdatasync(raw)) for offset in offsets])
-                disk_s = timed(lambda: [(disk.pwrite(data, offset), disk.flush()) for offset in offsets])
+                raw_s = timed(functools.partial(write_raw, sync=True), raw, data, offsets)
+                disk_s = timed(functools.partial(write_disk, sync=True), disk, data, offsets)
                 ratios.append(raw_s / disk_s)
             name = "redirected" if redirected else "own"
             show(f"write + flush each, {name} blocks", f"{statistics.median(ratios):.2f} x pwrite + fdatasync", bar)
@@ -231,7 +253,7 @@ def differences(folder: Path) -> None:
             pool.checkpoint()
             metadata = pool._engine.checkpointer.written_bytes - written + (pool._engine.core.log_next - log) * 512
             pages = pool._engine.core.page_file.exclusive(disk._root(), [before._root()])[1]
-            times = [timed(lambda: pool.diff(before, disk)) for _ in range(20)]
+            times = [timed(pool.diff, before, disk) for _ in range(20)]
             found = len(pool.diff(before, disk))
             show(f"diff of {found} changes, {size // TIB} TiB", f"{statistics.median(times) * 1e3:.1f} ms", "10 ms")
             show(
@@ -251,7 +273,7 @@ def differences(folder: Path) -> None:
                     disk.pwrite(b"d" * BLOCK, block * BLOCK)
                 disk.snapshot(letter)
             unique = pool.unique_bytes(["b"])
-            took = timed(lambda: pool.delete_snapshot("b"))
+            took = timed(pool.delete_snapshot, "b")
             show(
                 f"deletion of a middle snapshot that frees {unique // BLOCK} blocks",
                 f"{took * 1e3:.1f} ms, {took / (unique // BLOCK) * 1e6:.2f} us a block",

@@ -9,7 +9,7 @@ from typing_extensions import Buffer
 from snapcore.blockmap import Failure, PageFile
 from snapcore.persist import Medium
 
-class LogFull(Failure):  # noqa: N818
+class LogFull(Failure):
     """A checkpoint must come first; nothing was done, or a part of the range was, as any failed write may leave it."""
 
 def read_sectors(data: Buffer, seed: int) -> npt.NDArray[np.int64]:
@@ -94,7 +94,7 @@ class Core:
     def release(self, log_tail: int) -> None:
         """The checkpoint is durable: the log before this sector and the pages that only older ones needed are free."""
     def reclaim(self) -> int:
-        """Punch out blocks that are free for good, and let them be used. Returns 0, or the errno of a punch that failed."""
+        """Punch out blocks that are free for good, and let them be used. Returns 0, or errno of a failed punch."""
     def free_blocks(self, blocks: npt.NDArray[np.uint64]) -> None:
         """No version holds these blocks any more."""
     def rewrite_space(self) -> None:

@@ -26,10 +26,9 @@ from posix.unistd cimport pread, pwrite
 import numpy as np
 
 from snapcore.blockmap cimport (
-    ABSENT, DAMAGED, FAN_OUT, KIND_BITMAP, LOST, NO_MEMORY, NO_SPACE, READ_FAILED, ZERO, Numbers, PageFile, Pages,
-    numbers_add, numbers_array, numbers_free, numbers_move, numbers_reserve, page_at, page_free, page_new, pages_dirty,
-    pages_freeze, pages_trim, pages_used, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, tree_fill,
-    tree_lookup, tree_set,
+    ABSENT, FAN_OUT, KIND_BITMAP, LOST, NO_MEMORY, ZERO, Numbers, PageFile, numbers_array, numbers_free, numbers_move,
+    numbers_reserve, page_free, page_new, pages_dirty, pages_freeze, pages_trim, pages_used, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, tree_fill, tree_lookup, tree_set,
 )
 from snapcore.digest cimport xxh64_of
 
@@ -149,7 +148,9 @@ cdef int _look_up(
 
 # The medium
 
-cdef int _put(CoreState *core, int descriptor, const uint8_t *data, uint64_t size_bytes, uint64_t offset) noexcept nogil:
+cdef int _put(
+    CoreState *core, int descriptor, const uint8_t *data, uint64_t size_bytes, uint64_t offset
+) noexcept nogil:
     """Write all of it. Returns errno, or 0."""
     cdef uint64_t done = 0
     cdef ssize_t part
@@ -646,7 +647,9 @@ cdef int core_commit(CoreState *core, Trouble *trouble) noexcept nogil:
 
 # Reading
 
-cdef int _read_backing(VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble) noexcept nogil:
+cdef int _read_backing(
+    VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+) noexcept nogil:
     cdef unsigned long long now_bytes = 0
     cdef long long mtime_ns = 0
     cdef uint64_t got = 0
@@ -667,7 +670,9 @@ cdef int _read_backing(VolumeState *volume, uint8_t *data, uint64_t size_bytes, 
     return 0
 
 
-cdef int _read_data(CoreState *core, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble) noexcept nogil:
+cdef int _read_data(
+    CoreState *core, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+) noexcept nogil:
     cdef uint64_t got
     cdef int code = _get(core.data, data, size_bytes, offset, &got)
     if code or got < size_bytes:
@@ -989,7 +994,9 @@ cdef int volume_write(
     return result
 
 
-cdef int _zero_edge(CoreState *core, VolumeState *volume, uint64_t start, uint64_t end, Trouble *trouble) noexcept nogil:
+cdef int _zero_edge(
+    CoreState *core, VolumeState *volume, uint64_t start, uint64_t end, Trouble *trouble
+) noexcept nogil:
     """Zeros for a part of one block, unless it is zero already; the mutex is held before and after."""
     cdef uint64_t entry
     cdef int result = _look_up(core, volume.root, start // BLOCK_BYTES, 1, &entry, trouble)
@@ -1000,7 +1007,9 @@ cdef int _zero_edge(CoreState *core, VolumeState *volume, uint64_t start, uint64
     return _write_part(core, volume, ZEROS, start, end, trouble)
 
 
-cdef int _zero_blocks(CoreState *core, VolumeState *volume, uint64_t first, uint64_t last, Trouble *trouble) noexcept nogil:
+cdef int _zero_blocks(
+    CoreState *core, VolumeState *volume, uint64_t first, uint64_t last, Trouble *trouble
+) noexcept nogil:
     """Drop whole blocks; the mutex is held before and after, and let go in between."""
     cdef Numbers freed
     cdef uint64_t at = first
@@ -1354,7 +1363,9 @@ cdef class Core:
             raise Failure(result, self.core.pages.code, self.core.pages.slot if result > LOG_FULL else position)
 
 
-cdef int _replay(CoreState *core, VolumeState *volume, uint64_t position, uint64_t count, uint64_t entry) noexcept nogil:
+cdef int _replay(
+    CoreState *core, VolumeState *volume, uint64_t position, uint64_t count, uint64_t entry
+) noexcept nogil:
     """Do a MAP record again."""
     cdef uint64_t at = position
     cdef uint64_t last = position + count

@@ -140,7 +140,7 @@ class Catalog:
         return [record for _, record in sorted(self.versions.items()) if record.kind == kind]
 
     def part(self, members: Iterable[int]) -> tuple[list[int], list[int]]:
-        """These versions with all ghosts that hang together with them, and the visible ones beside (DESIGN's C and B)."""
+        """These versions with all ghosts that hang together with them, and the visible ones beside (DESIGN: C, B)."""
         chosen = set(members)
         inside: set[int] = set()
         beside: set[int] = set()

@@ -1,7 +1,7 @@
 """Checks a pool: every page, both bitmaps against the trees, the log, the superblock; and repairs what can be repaired.
 
-A repair rebuilds the bitmaps from the trees, marks what cannot be read as lost, and ends the log where it is damaged. It invents nothing:
-reads of what is lost fail from then on, and the report lists it.
+A repair rebuilds the bitmaps from the trees, marks what cannot be read as lost, and ends the log where it is damaged.
+It invents nothing: reads of what is lost fail from then on, and the report lists it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def check(path: str | os.PathLike[str], *, repair: bool = False, medium: Medium 
         if opened is None:
             return found
         found.problems += [
-            f"the copy of the superblock at offset {offset} is damaged; the other one counts" for offset in opened.damaged_copies
+            f"the copy of the superblock at offset {offset} is damaged; the other one counts"
+            for offset in opened.damaged_copies
         ]
         _look(opened.versions, opened.checkpointer.catalog_refs, found)
         if repair and (found.problems or found.lost):

@@ -83,7 +83,7 @@ class Checkpointer:
         return Frozen(generation, dirty, log_next, commit_number, end_blocks, space_root, catalog, slots)
 
     def write(self, versions: Versions, frozen: Frozen, limit_bytes: int, *, clean: bool) -> None:
-        """Make it durable. OSError when there was no space: then the last checkpoint still counts, and one may try again."""
+        """Make it durable. OSError when there was no space: the last checkpoint still counts, and one may try again."""
         core = versions.core
         pages = core.page_file
         seed = self.superblock.seed
@@ -141,7 +141,9 @@ class Checkpointer:
 
     def _write_pages(self, pages: PageFile, slots: npt.NDArray[np.uint64]) -> None:
         for run in _runs(slots):
-            self.files.medium.write_at(self.files.map, [memoryview(pages.stage(run))], int(run[0]) * SLOT_BYTES)
+            self.files.medium.write_at(
+                self.files.map, [memoryview(pages.stage(run)).cast("B")], int(run[0]) * SLOT_BYTES
+            )
             pages.written(run)
             self.written_bytes += len(run) * SLOT_BYTES
 
@@ -159,9 +161,7 @@ def put_catalog(pages: PageFile, data: bytes) -> list[int]:
     try:
         for start in range((len(data) - 1) // _PIECE_BYTES * _PIECE_BYTES, -1, -_PIECE_BYTES):
             following = refs[-1] if refs else 0
-            refs.append(
-                pages.put(KIND_CATALOG, following.to_bytes(8, "little") + data[start : start + _PIECE_BYTES])
-            )
+            refs.append(pages.put(KIND_CATALOG, following.to_bytes(8, "little") + data[start : start + _PIECE_BYTES]))
     except BaseException:
         pages.free_pages(np.array(refs, dtype=np.uint64))
         raise

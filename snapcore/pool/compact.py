@@ -1,5 +1,5 @@
-"""Gives back to the host what a pool does not use: holes in the data file where blocks are free, in the map where slots are,
-and the ends of both files. Blocks do not move: the host keeps no space for holes, so a dense file would save nothing."""
+"""Gives back to the host what a pool does not use: holes in the data file where blocks are free, in the map where slots
+are. Blocks do not move: the host keeps no space for holes, so a dense file would save nothing."""
 
 from __future__ import annotations
 

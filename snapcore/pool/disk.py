@@ -72,8 +72,9 @@ class Readable:
         return f"{type(self).__name__.lower()} {self.name!r}"
 
     def _image(self) -> str:
-        backing = self._engine.catalog.versions[self._volume.version].backing
-        return self._engine.catalog.backings[backing].path if backing else ""
+        # A version that was deleted is not in the catalog any more.
+        record = self._engine.catalog.versions.get(self._volume.version)
+        return self._engine.catalog.backings[record.backing].path if record is not None and record.backing else ""
 
     def _do(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call the kernel; make room and try again where that helps."""
@@ -312,7 +313,8 @@ class Disk(Readable):
         Raises
         ------
         OutOfSpaceError
-            The pool's limit or the host's space is used up. Blocks of the range hold old or new bytes; nothing else is touched.
+            The pool's limit or the host's space is used up. Blocks of the range hold old or new bytes, no other
+            is touched.
         UsageError
             The range is not inside the disk.
         StoreError
@@ -339,7 +341,7 @@ class Disk(Readable):
         self._engine.commit(f"flushing {self._what()}")
 
     def snapshot(self, name: str | None = None) -> Snapshot:
-        """Cut a snapshot, in constant time. It holds every write that was handed in before, and survives a power cut."""
+        """Cut a snapshot, in constant time. It holds every write that was handed in before and survives a power cut."""
         return self.pool.snapshot_group([self], name)[0]
 
     def rollback(self, snapshot: SnapshotRef) -> None:

@@ -179,7 +179,7 @@ class Engine:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """A moment in which every block and slot is either used or free: a checkpoint is just made, and no write runs."""
+        """A moment in which every block and slot is either used or free: after a checkpoint, without a write."""
         with self._checkpoint_lock, self._lock:
             gates = [*self.versions.volumes.values()]
             self.core.close_gates(gates)

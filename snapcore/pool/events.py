@@ -1,5 +1,7 @@
-"""What happens to versions, as the log tells it (docs/FORMAT.md, EVENT). An event is applied at run time and in recovery
-by the same code (versions.py)."""
+"""What happens to versions, as the log tells it (docs/FORMAT.md, EVENT).
+
+An event is applied at run time and in recovery by the same code (versions.py).
+"""
 
 from __future__ import annotations
 
@@ -95,4 +97,5 @@ def encode(event: Event) -> bytes:
 
 def decode(data: bytes) -> Event:
     """Raises msgspec.DecodeError."""
-    return _decoder.decode(data)
+    event: Event = _decoder.decode(data)
+    return event

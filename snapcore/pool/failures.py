@@ -61,8 +61,8 @@ class _Case:
 
 def _map_damaged(case: _Case) -> Error:
     return DamagedError(
-        f"{case.what}: slot {case.where} of {case.map} (offset {case.where * SLOT_BYTES}) does not hold the page that it "
-        f"should; run `snapcore pool check {case.folder}`"
+        f"{case.what}: slot {case.where} of {case.map} (offset {case.where * SLOT_BYTES}) does not hold the page "
+        f"that it should; run `snapcore pool check {case.folder}`"
     )
 
 
@@ -75,7 +75,9 @@ def _outside(case: _Case) -> Error:
 
 def _write_failed(case: _Case) -> Error:
     if case.code in _FULL:
-        return OutOfSpaceError(f"{case.what}: no space to write to {case.data} ({case.reason}); free some and try again")
+        return OutOfSpaceError(
+            f"{case.what}: no space to write to {case.data} ({case.reason}); free some and try again"
+        )
     return StoreError(f"{case.what}: {case.data} could not be written at offset {case.where}: {case.reason}")
 
 
@@ -86,8 +88,8 @@ def _stopped(case: _Case) -> Error:
             f"close it and run `snapcore pool check {case.folder}`"
         )
     return StoreError(
-        f"{case.what}: the pool {case.folder} has stopped writing, because a write of its log or map, or a sync, failed "
-        f"({case.reason}); what was flushed before is safe: see to the medium, close the pool and open it again"
+        f"{case.what}: the pool {case.folder} has stopped writing, because a write of its log or map, or a sync, "
+        f"failed ({case.reason}); what was flushed before is safe: see to the medium, close the pool and open it again"
     )
 
 
@@ -122,9 +124,12 @@ _OF_READING = {
         case.data, case.where, BLOCK_BYTES, case.code, case.reason or "the file ends there"
     ),
     DATA_LOST: lambda case: DamagedError(
-        f"{case.what}: what was at offset {case.where} was lost to damage and a repair; whole blocks written there heal it"
+        f"{case.what}: what was at offset {case.where} was lost to damage and a repair; "
+        "whole blocks written there heal it"
     ),
     BACKING_READ_FAILED: lambda case: ReadError(case.backing, case.where, BLOCK_BYTES, case.code, case.reason),
     BACKING_CHANGED: _changed,
-    OUT_OF_RANGE: lambda case: UsageError(f"{case.what}: the range from offset {case.where} on is not all inside of it"),
+    OUT_OF_RANGE: lambda case: UsageError(
+        f"{case.what}: the range from offset {case.where} on is not all inside of it"
+    ),
 }

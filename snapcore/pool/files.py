@@ -92,8 +92,8 @@ def open_files(folder: str, medium: Medium, *, read_only: bool) -> Files:
         mode = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
         descriptors.append(os.open(os.path.join(folder, "lock"), mode))
         _lock(descriptors[0], folder, read_only=read_only)
-        for name in ("superblock", "log", "map", "data"):
-            descriptors.append(os.open(os.path.join(folder, name), mode))
+        names = ("superblock", "log", "map", "data")
+        descriptors.extend(os.open(os.path.join(folder, name), mode) for name in names)
     except BaseException as error:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -105,8 +105,8 @@ def _payload(path: str, data: bytearray, place: int, used: int) -> bytes:
 
 def _damage(path: str, place: int, what: str) -> DamagedError:
     return DamagedError(
-        f"{path}: {what} at offset {place * SECTOR_BYTES}; flushed writes behind it would be lost. Restore the pool from a "
-        "backup, or give them up with `snapcore pool check --repair`"
+        f"{path}: {what} at offset {place * SECTOR_BYTES}; flushed writes behind it would be lost; restore the pool "
+        "from a backup, or give them up with `snapcore pool check --repair`"
     )
 
 

@@ -278,8 +278,8 @@ class Pool:
             By default that of the source.
         source : Snapshot, Disk, str or path, optional
             Nothing: an empty disk. A snapshot or a disk (the object, id or name): what it holds now. A path object or a
-            str with the path of a raw image: the disk reads from the image what it has not got itself, so the image must
-            stay where and as it is; `import_image` copies instead.
+            str with the path of a raw image: the disk reads from the image what it has not got itself, so the image
+            must stay where and as it is; `import_image` copies instead.
 
         Raises
         ------
@@ -501,7 +501,7 @@ class Pool:
             size = _checked_size(disk.name, size_bytes, least, "itself: disks only grow")
             return events.Resize(number, size), [number], None
 
-        # The last block may hold bytes behind the old end only if they are zero, and they are: nobody could write there.
+        # Behind the old end the last block holds zeros: nobody could write there.
         self._engine.change(f"resizing disk {disk.name!r}", prepare)
 
     def rename_disk(self, disk: Disk, name: str) -> None:

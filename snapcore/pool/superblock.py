@@ -86,7 +86,7 @@ def decode(data: bytes, where: str) -> Superblock | None:
             f"{where}: format {version} with features {must_read:#x} and {must_write:#x}; "
             f"this snapcore knows format {_VERSION} without any; use a newer one"
         )
-    copy = Superblock(uuid, *numbers, clean=bool(flags & _CLEAN))
+    copy = Superblock(uuid, *numbers, bool(flags & _CLEAN))
     if (
         (block_bytes, entries, flags & ~_CLEAN) != (_BLOCK_BYTES, _PAGE_ENTRIES, 0)
         or not 16 <= copy.log_sectors <= 1 << 32
