@@ -396,7 +396,7 @@ cdef int _compare_runs(const void *a, const void *b) noexcept nogil:
 
 
 cdef int _reclaim(CoreState *core) noexcept nogil:
-    """Punch out what is freed for good and seen by no reader, and make it free. Returns errno of a failed punch, or 0."""
+    """Punch out what is freed for good and seen by no reader, and make it free. Returns 0, or errno of a punch."""
     cdef Numbers runs
     cdef uint64_t i, first, count
     cdef int old

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from snapcore.blockmap import PageFile
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.files import SLOT_BYTES, Files
-from snapcore.pool.superblock import COPY_OFFSETS, Superblock, checksum
+from snapcore.pool.superblock import COPY_BYTES, COPY_OFFSETS, Superblock, checksum
 from snapcore.pool.versions import Versions
 from snapcore.volume import Core
 
@@ -121,16 +122,26 @@ class Checkpointer:
         )
         self._write_superblock(versions.core, self.superblock)
 
-    def _write_superblock(self, core: Core, superblock: Superblock) -> None:
+    def settle(self, core: Core) -> None:
+        """Bring both copies of the superblock to the one that counts.
+
+        A crash may have left an older one, or a damaged one. Before slots and blocks are used again that only the
+        older one needs, either copy alone must do.
+        """
+        encoded = self.superblock.encode()
+        offsets = [offset for offset in COPY_OFFSETS if os.pread(self.files.superblock, COPY_BYTES, offset) != encoded]
+        self._write_superblock(core, self.superblock, offsets)
+
+    def _write_superblock(self, core: Core, superblock: Superblock, offsets: Sequence[int] = COPY_OFFSETS) -> None:
         try:
-            for offset in COPY_OFFSETS:
+            for offset in offsets:
                 self.files.medium.write_at(self.files.superblock, [superblock.encode()], offset)
                 self.files.medium.sync(self.files.superblock)
         except OSError as error:
             # Which of the two checkpoints counts is not known, so nothing may be written that either one needs.
             core.stop(error.errno or errno.EIO)
             raise
-        self.written_bytes += len(COPY_OFFSETS) * 512
+        self.written_bytes += len(offsets) * COPY_BYTES
 
     def _sync_map(self, core: Core) -> None:
         try:
@@ -141,9 +152,7 @@ class Checkpointer:
 
     def _write_pages(self, pages: PageFile, slots: npt.NDArray[np.uint64]) -> None:
         for run in _runs(slots):
-            self.files.medium.write_at(
-                self.files.map, [memoryview(pages.stage(run)).cast("B")], int(run[0]) * SLOT_BYTES
-            )
+            self.files.medium.write_at(self.files.map, [pages.stage(run).data], int(run[0]) * SLOT_BYTES)
             pages.written(run)
             self.written_bytes += len(run) * SLOT_BYTES
 

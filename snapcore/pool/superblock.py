@@ -80,13 +80,15 @@ def decode(data: bytes, where: str) -> Superblock | None:
         return None
     if int.from_bytes(data[-8:], "little") != checksum(data[:-8], 0):
         return None
-    _, version, must_read, must_write, _, uuid, *numbers, block_bytes, entries, flags = _FIELDS.unpack_from(data)
+    fields = _FIELDS.unpack_from(data)
+    _, version, must_read, must_write, _, uuid = fields[:6]
+    block_bytes, entries, flags = fields[17:]
     if version != _VERSION or must_read or must_write:
         raise UnsupportedFormatError(
             f"{where}: format {version} with features {must_read:#x} and {must_write:#x}; "
             f"this snapcore knows format {_VERSION} without any; use a newer one"
         )
-    copy = Superblock(uuid, *numbers, bool(flags & _CLEAN))
+    copy = Superblock(*(uuid, *fields[6:17], bool(flags & _CLEAN)))
     if (
         (block_bytes, entries, flags & ~_CLEAN) != (_BLOCK_BYTES, _PAGE_ENTRIES, 0)
         or not 16 <= copy.log_sectors <= 1 << 32
