@@ -57,12 +57,13 @@ class Engine:
 
     def _begin(self, opened: Opened) -> None:
         """From now on the log counts."""
-        if opened.checkpointer.superblock.clean and not opened.damaged_copies:
-            try:
+        try:
+            if opened.checkpointer.superblock.clean and not opened.damaged_copies:
                 self.checkpointer.reopen(self.versions)
-            except OSError as error:
-                raise from_os_error(error, f"opening the pool {self.files.folder}") from error
-            return
+                return
+            self.checkpointer.settle(self.core)
+        except OSError as error:
+            raise from_os_error(error, f"opening the pool {self.files.folder}") from error
         # Neither the log nor a checkpoint that came while others wrote tells which ghosts lost a block to a child.
         for record in self.catalog.of_kind("ghost"):
             record.stirred = True

@@ -72,13 +72,13 @@ def recovers_from_a_second_crash(crash: Crash, place: Path, samples: int) -> int
     return count
 
 
-def outlives_a_damaged_superblock(crash: Crash, place: Path) -> None:
+def outlives_a_damaged_superblock(crash: Crash, place: Path, facts: tuple[object, ...]) -> None:
     """Each copy alone, with the log, gives all that was promised."""
     whole = crash.files["pool/superblock"]
     for offset in SUPERBLOCK_COPIES:
         damaged = whole[:offset] + os.urandom(512) + whole[offset + 512 :]
         files = {**crash.files, "pool/superblock": damaged}
-        opens(Crash(crash.done, crash.how, (), crash.folders, files), place, crash.facts)
+        opens(Crash(crash.done, crash.how, (), crash.folders, files), place, facts)
 
 
 def replay(
@@ -98,7 +98,7 @@ def replay(
             if dice.randrange(further) == 0:
                 recovers_from_a_second_crash(crash, place / "crashed", 2)
             if dice.randrange(further) == 0:
-                outlives_a_damaged_superblock(crash, place / "crashed")
+                outlives_a_damaged_superblock(crash, place / "crashed", crash.facts)
             if dice.randrange(further) == 0:
                 with built(crash, place / "crashed") as folder:
                     works_on(folder, dice)
@@ -303,6 +303,27 @@ def random_run(place: Path, seed: int, steps: int, samples: int) -> set[bytes]:
 @pytest.mark.parametrize("seed", range(4))
 def test_random_work_may_end_anywhere(place: Path, seed: int) -> None:
     assert random_run(place, seed, 20, 5)
+
+
+def test_one_copy_of_the_superblock_is_enough_at_any_instant_even_of_a_recovery_between_the_two(place: Path) -> None:
+    work = started(place)
+    work.write("disk", data(1, 2), BLOCK_BYTES)
+    work.cut("disk")
+    work.checkpoint()
+    work.write("disk", data(2, 2), BLOCK_BYTES)
+    work.checkpoint()
+    between = 0
+    for crash in crashes(work.recorder, 0):
+        outlives_a_damaged_superblock(crash, place / "crashed", crash.facts)
+        copies = [crash.files["pool/superblock"][at : at + 512] for at in SUPERBLOCK_COPIES]
+        if copies[0] != copies[1]:
+            between += 1
+            with built(crash, place / "crashed"):
+                recorder = Recorder(place / "crashed")
+                open_again(place / "crashed/pool", recorder)._engine.abandon()
+                for again in crashes(recorder, 2):
+                    outlives_a_damaged_superblock(again, place / "again", crash.facts)
+    assert between > 2
 
 
 @pytest.mark.parametrize("name", ["data", "log", "map", "superblock"])
