@@ -155,7 +155,7 @@ def check(place: str, repair: bool, as_json: bool) -> None:
             click.echo(f"lost: {output.text(lost)}")
         if ok:
             click.echo(f"all is well: {found.versions} versions, {found.pages} pages, {found.blocks} blocks")
-        elif not found.repaired:
+        elif found.problems and not found.repaired:
             click.echo(f"run `snapcore pool check {output.text(place)} --repair` to put right what can be")
     if not ok:
         click.get_current_context().exit(1)

@@ -6,6 +6,7 @@ It invents nothing: reads of what is lost fail from then on, and the report list
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,7 +88,10 @@ def check(path: str | os.PathLike[str], *, repair: bool = False, medium: Medium 
             for offset in opened.damaged_copies
         ]
         _look(opened.versions, opened.checkpointer.catalog_refs, found)
-        if repair and (found.problems or found.lost):
+        # Where pages cannot be read that is among the problems, and a repair tells what is lost by it.
+        with contextlib.suppress(Failure):
+            found.lost = _lost_in(opened.versions)
+        if repair and found.problems:
             _repair(opened_files, found)
     except OSError as error:
         raise from_os_error(error, f"checking the pool {os.fspath(path)}") from error
@@ -186,7 +190,7 @@ def _some(words: npt.NDArray[np.uint64]) -> str:
 def _repair(opened_files: files.Files, found: Checked) -> None:
     opened = recovery.rebuild_state(opened_files, _CACHE_BYTES)
     try:
-        _list_lost(opened.versions, found)
+        found.lost = _lost_in(opened.versions)
         engine = Engine(opened_files, opened, read_only=True, background=False)
         engine.checkpoint(clean=True)
         found.repaired = True
@@ -196,11 +200,14 @@ def _repair(opened_files: files.Files, found: Checked) -> None:
         opened.versions.close()
 
 
-def _list_lost(versions: Versions, found: Checked) -> None:
-    for record in versions.catalog.versions.values():
-        if record.kind != "ghost":
-            for start, length in _lost_extents(versions.core.page_file, versions.root(record.id)):
-                found.lost.append(f"{_called(record)}: {length} bytes at offset {start}")
+def _lost_in(versions: Versions) -> list[str]:
+    """What disks and snapshots cannot be read of, since a repair."""
+    return [
+        f"{_called(record)}: {length} bytes at offset {start}"
+        for record in versions.catalog.versions.values()
+        if record.kind != "ghost"
+        for start, length in _lost_extents(versions.core.page_file, versions.root(record.id))
+    ]
 
 
 def _lost_extents(pages: PageFile, root: int) -> Iterator[tuple[int, int]]:
