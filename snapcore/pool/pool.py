@@ -188,6 +188,7 @@ class Pool:
 
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int) -> None:
+        """Set it, durably; what is taken already stays."""
         if limit_bytes < 0:
             raise UsageError("a limit is not negative")
         self._writable("setting the limit")
