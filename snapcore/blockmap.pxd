@@ -106,6 +106,8 @@ cdef struct Runs:
     uint64_t first
     uint64_t last
     uint64_t resume
+    # Walked so far: a tree in which there are more than slots is forged.
+    uint64_t pages
     int width
 
 # The highest level on whose border `first` lies such that all of its subtree lies below `last` and is the same for all

@@ -99,10 +99,12 @@ class Core:
         """No version holds these blocks any more."""
     def rewrite_space(self) -> None:
         """Write the whole bitmap of used blocks at the next checkpoint."""
-    def used_bitmap(self) -> npt.NDArray[np.uint64]: ...
+    def used_bitmap(self) -> npt.NDArray[np.uint64]:
+        """One bit a block, lowest first."""
     def close_gates(self, volumes: Iterable[Volume]) -> None:
         """Let no write begin, and wait for those that have begun."""
-    def open_gates(self, volumes: Iterable[Volume]) -> None: ...
+    def open_gates(self, volumes: Iterable[Volume]) -> None:
+        """Let writes begin again."""
     def replay(self, volume: Volume, position: int, count: int, entry: int) -> None:
         """Do a MAP record again."""
 
@@ -154,8 +156,13 @@ class Volume:
         """Whether a block was taken away from a ghost since this was asked last."""
     def change(self, *, root: int, parent: int, size_bytes: int, version: int, watched: bool) -> None:
         """Become another version; only while the gate is closed."""
-    def change_backing(self, backing: int, backing_bytes: int, backing_mtime_ns: int) -> None: ...
-    def pread_into(self, buffer: Buffer, offset: int) -> int: ...
-    def pread_many(self, offsets: npt.NDArray[np.int64], buffers: npt.NDArray[np.uint8]) -> int: ...
-    def pwrite(self, data: Buffer, offset: int) -> int: ...
-    def zero(self, offset: int, size_bytes: int) -> None: ...
+    def change_backing(self, backing: int, backing_bytes: int, backing_mtime_ns: int) -> None:
+        """Read absent blocks from another image."""
+    def pread_into(self, buffer: Buffer, offset: int) -> int:
+        """Fill a buffer; returns how many bytes, fewer at the end."""
+    def pread_many(self, offsets: npt.NDArray[np.int64], buffers: npt.NDArray[np.uint8]) -> int:
+        """Fill row i of `buffers`, of shape (n, length), from offset i; returns how many bytes."""
+    def pwrite(self, data: Buffer, offset: int) -> int:
+        """Write all of a buffer; returns how many bytes."""
+    def zero(self, offset: int, size_bytes: int) -> None:
+        """Make a range read as zeros; whole blocks are given up."""

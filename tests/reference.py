@@ -378,3 +378,24 @@ class PageFile:
         """The bytes of a slot of the map file."""
         body = struct.pack("<Q", generation | kind << 56) + payload.ljust(_PAGE_BYTES, b"\0")
         return struct.pack("<Q", xxh64(body, (seed + slot) & _MASK)) + body
+
+
+def log_sectors(payload: bytes, first: int, commit: int, seed: int) -> list[bytes]:
+    """The sectors of one commit (docs/FORMAT.md, "Log sector")."""
+    parts = [payload[start : start + 488] for start in range(0, len(payload), 488)]
+    sectors = []
+    for number, part in enumerate(parts, first):
+        last = number == first + len(parts) - 1
+        body = struct.pack("<QIHH", number, commit % (1 << 32), len(part), last) + part.ljust(488, b"\0")
+        sectors.append(struct.pack("<Q", xxh64(body, seed)) + body)
+    return sectors
+
+
+def read_sectors(data: bytes, seed: int) -> list[list[int]]:
+    """State (0 zeros, 1 whole, 2 damaged), number, commit, used bytes and flags of each sector."""
+    found = []
+    for sector in blocks(data, 512):
+        checksum, number, *rest = struct.unpack_from("<QqIHH", sector)
+        state = 1 if checksum == xxh64(sector[8:], seed) else 2 if any(sector) else 0
+        found.append([state, number, *rest])
+    return found

@@ -118,7 +118,7 @@ def rollback(name: str, snapshot: str, place: str, dry_run: bool, as_json: bool)
 
     with Pool.open(place, read_only=dry_run) as found:
         wanted = found.open_disk(name)
-        point = pooled.own_snapshot(wanted, snapshot)
+        point = pooled.own_snapshot(found, wanted, snapshot)
         facts: dict[str, object] = {"disk": wanted.name, "snapshot": point.id, "dry_run": dry_run}
         facts |= {"size_bytes": point.size_bytes}
         if not dry_run:

@@ -24,12 +24,12 @@ def find(pool: Pool, ref: str) -> Disk | Snapshot:
     )
 
 
-def own_snapshot(disk: Disk, ref: str) -> Snapshot:
+def own_snapshot(pool: Pool, disk: Disk, ref: str) -> Snapshot:
     """The snapshot of a disk that it can be rolled back to."""
-    for item in disk.pool.snapshots(disk):
+    for item in pool.snapshots(disk):
         if ref in (item.id, item.name):
             return item
-    other = disk.pool.snapshot(ref)
+    other = pool.snapshot(ref)
     raise RefusedError(
         f"snapshot {other.name} is of disk {other.disk!r}, not of {disk.name!r}; make a new disk from it instead"
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,14 @@ from snapcore.pool.transfer import Exported
 from snapcore.progress import ProgressCallback
 from snapcore.volume import Volume
 
-if TYPE_CHECKING:
-    from snapcore.pool.pool import Pool, SnapshotRef
-
 Result = TypeVar("Result")
 _RUNS = 1 << 16
 _TRIES = 16
 _WHOLE = 1 << 62
+
+# What kernels say to arguments that are none, and that or a failure.
+_BAD_ARGUMENTS = (BufferError, OverflowError, TypeError, ValueError)
+_REFUSALS = (Failure, *_BAD_ARGUMENTS)
 
 
 class Allocation(NamedTuple):
@@ -50,10 +51,38 @@ class Allocation(NamedTuple):
     absent: Extents
 
 
+class Owner(Protocol):
+    """What disks and snapshots ask of the pool that they are in (`snapcore.pool.Pool`)."""
+
+    def create_disk(self, name: str, size_bytes: int | None = None, source: Disk | None = None) -> Disk:
+        """What `Pool.create_disk` does."""
+
+    def snapshot_group(self, disks: Sequence[Disk], name: str | None = None) -> list[Snapshot]:
+        """What `Pool.snapshot_group` does."""
+
+    def rollback_disk(self, disk: Disk, snapshot: SnapshotRef) -> None:
+        """What `Disk.rollback` does."""
+
+    def reset_disk(self, disk: Disk) -> None:
+        """What `Disk.reset` does."""
+
+    def resize_disk(self, disk: Disk, size_bytes: int) -> None:
+        """What `Disk.resize` does."""
+
+    def delete_disk(self, disk: Disk) -> None:
+        """What `Disk.delete` does."""
+
+    def delete_snapshot(self, snapshot: Snapshot) -> None:
+        """What `Snapshot.delete` does."""
+
+    def attaching(self, disk: Disk, holder: str) -> contextlib.AbstractContextManager[None]:
+        """What `Disk.attached` does."""
+
+
 class Readable:
     """What can be read: a disk or a snapshot. It is a `Source` too, so whatever takes images takes it."""
 
-    def __init__(self, pool: Pool, engine: Engine, volume: Volume) -> None:
+    def __init__(self, pool: Owner, engine: Engine, volume: Volume) -> None:
         self.pool = pool
         self._engine = engine
         self._volume = volume
@@ -84,9 +113,12 @@ class Readable:
             except Failure as failure:
                 if left and self._engine.retry(failure):
                     continue
+                for argument in arguments:
+                    if isinstance(argument, int) and argument < 0:
+                        raise UsageError(f"{self._what()}: offset or length {argument} is negative") from None
                 with self._engine.reading():
                     raise typed(failure, self._engine.folder, self._what(), self._image()) from None
-            except (OverflowError, TypeError) as error:
+            except _BAD_ARGUMENTS as error:
                 raise UsageError(f"{self._what()}: {error}") from None
         raise AssertionError
 
@@ -114,7 +146,7 @@ class Readable:
         """
         try:
             return self._volume.pread_into(buffer, offset_bytes)
-        except (Failure, OverflowError, TypeError):
+        except _REFUSALS:
             return self._do(self._volume.pread_into, buffer, offset_bytes)
 
     def pread(self, length_bytes: int, offset_bytes: int) -> bytes:
@@ -213,9 +245,9 @@ class Readable:
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:
         """While the map of this version is walked."""
-        if not self._volume.attached:
-            raise NotFoundError(f"{self._what()}: it was deleted or closed")
         with self._engine.still([self._volume.version], self._what()):
+            if not self._volume.attached:
+                raise NotFoundError(f"{self._what()}: it was deleted or closed")
             yield
 
     def _root(self) -> int:
@@ -237,7 +269,7 @@ class Snapshot(Readable):
         Id of the group that it was cut in.
     """
 
-    def __init__(self, pool: Pool, engine: Engine, volume: Volume) -> None:
+    def __init__(self, pool: Owner, engine: Engine, volume: Volume) -> None:
         super().__init__(pool, engine, volume)
         record = engine.catalog.versions[volume.version]
         self.id = str(record.id)
@@ -269,7 +301,7 @@ class Disk(Readable):
         Decimal digits; never used twice in a pool.
     """
 
-    def __init__(self, pool: Pool, engine: Engine, number: int) -> None:
+    def __init__(self, pool: Owner, engine: Engine, number: int) -> None:
         super().__init__(pool, engine, engine.versions.volume_of(number))
         self.id = str(number)
         self._number = number
@@ -322,7 +354,7 @@ class Disk(Readable):
         """
         try:
             written = self._volume.pwrite(data, offset_bytes)
-        except (Failure, OverflowError, TypeError):
+        except _REFUSALS:
             written = self._do(self._volume.pwrite, data, offset_bytes)
         if fua:
             self.flush()
@@ -379,6 +411,4 @@ class Disk(Readable):
             yield
 
 
-def whole_extents(runs: Extents, start: int, stop: int) -> Extents:
-    """Runs of blocks as extents in bytes, clipped."""
-    return extents.clipped(runs * BLOCK_BYTES, start, stop)
+SnapshotRef = Snapshot | str | int

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from snapcore.blockmap import Failure
-from snapcore.errors import Error, StoreError, from_os_error
+from snapcore.errors import Error, NotFoundError, StoreError, from_os_error
 from snapcore.pool import events
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.failures import LIMIT_REACHED, MAP_NO_SPACE, typed
@@ -49,6 +49,7 @@ class Engine:
         self._fresh_ghosts: set[int] = set()
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
+        self._closed = False
         if not read_only:
             self._begin(opened)
             if background:
@@ -99,7 +100,12 @@ class Engine:
             finally:
                 self.core.open_gates(gates)
 
-    def change(self, what: str, prepare: Callable[[Catalog], tuple[events.Event, Sequence[int], Result]]) -> Result:
+    def change(
+        self,
+        what: str,
+        prepare: Callable[[Catalog], tuple[events.Event, Sequence[int], Result]],
+        settle: Callable[[Result], None] | None = None,
+    ) -> Result:
         """Change versions durably.
 
         Parameters
@@ -109,6 +115,8 @@ class Engine:
         prepare : callable
             Gets the catalog; returns the event, the disks whose writers must wait, and the result. It is called anew
             when the log was full.
+        settle : callable, optional
+            Gets the result when the change is durable, before anybody may sweep what it made a ghost.
         """
         for _ in range(_TRIES):
             with self._lock:
@@ -122,6 +130,8 @@ class Engine:
             raise StoreError(f"{what}: the log of {self.folder} is full each time; try again when less is written")
         self.commit(what)
         with self._lock:
+            if settle is not None:
+                settle(result)
             self._fresh_ghosts -= ghosts
         return result
 
@@ -150,6 +160,8 @@ class Engine:
 
     def commit(self, what: str) -> None:
         """Everything that was done before is durable."""
+        if self._closed:
+            raise NotFoundError(f"{what}: the pool {self.folder} is closed")
         for _ in range(_TRIES):
             try:
                 self.core.commit()
@@ -275,5 +287,6 @@ class Engine:
         self._stop.set()
         if self._keeper is not None:
             self._keeper.join()
+        self._closed = True
         self.versions.close()
         self.files.close()

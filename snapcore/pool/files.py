@@ -25,12 +25,14 @@ class Files:
     folder : str
     medium : Medium
         Does every persistent operation.
+    read_only : bool
     lock, superblock, log, map, data : int
         Descriptors.
     """
 
     folder: str
     medium: Medium
+    read_only: bool
     lock: int
     superblock: int
     log: int
@@ -100,7 +102,7 @@ def open_files(folder: str, medium: Medium, *, read_only: bool) -> Files:
         if isinstance(error, OSError):
             raise from_os_error(error, f"opening the pool {folder}") from error
         raise
-    return Files(folder, medium, *descriptors)
+    return Files(folder, medium, read_only, *descriptors)
 
 
 def _lock(descriptor: int, folder: str, *, read_only: bool) -> None:

@@ -30,7 +30,7 @@ from snapcore.pool import events, files, recovery, transfer
 from snapcore.pool.catalog import Backing, Catalog, Version
 from snapcore.pool.checkpoint import first_map
 from snapcore.pool.compact import Compacted, compact
-from snapcore.pool.disk import Disk, Readable, Snapshot
+from snapcore.pool.disk import Disk, Readable, Snapshot, SnapshotRef
 from snapcore.pool.engine import Engine
 from snapcore.pool.failures import BLOCK_BYTES
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
@@ -39,7 +39,6 @@ from snapcore.pool.versions import backing_of
 from snapcore.progress import ProgressCallback
 from snapcore.source import interface as images
 
-SnapshotRef = Snapshot | str | int
 VersionRef = Snapshot | Disk | str | int
 Source = Snapshot | Disk | str | os.PathLike[str]
 
@@ -188,6 +187,7 @@ class Pool:
 
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int) -> None:
+        """Set it, durably; nothing goes because of it."""
         """Set it, durably; what is taken already stays."""
         if limit_bytes < 0:
             raise UsageError("a limit is not negative")
@@ -255,10 +255,13 @@ class Pool:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Catalog]:
-        if self._closed:
-            raise NotFoundError(f"the pool {self.path} is closed")
+        self._check_open()
         with self._engine.reading() as catalog:
             yield catalog
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotFoundError(f"the pool {self.path} is closed")
 
     def _writable(self, doing: str) -> None:
         if self._closed:
@@ -327,9 +330,14 @@ class Pool:
 
     def _backing(self, path: str, number: int) -> Backing:
         try:
-            return backing_of(path, number)
+            found = backing_of(path, number)
         except OSError as error:
             raise from_os_error(error, f"opening the image {path}") from error
+        if not os.path.isfile(path) or not found.size_bytes:
+            raise UsageError(
+                f"{path} cannot be under a disk: it is no regular file, or an empty one; import it instead"
+            )
+        return found
 
     def _check_new_name(self, catalog: Catalog, name: str) -> None:
         if not _NAME.fullmatch(name):
@@ -437,7 +445,7 @@ class Pool:
 
         versions = self._engine.change(what, prepare)
         with self._reading() as catalog:
-            return [self._snapshot(catalog.versions[version]) for version in versions]
+            return [self._snapshot(self._find(catalog, version)) for version in versions]
 
     def _check_snapshot_name(self, catalog: Catalog, disk: int, name: str | None) -> None:
         for record in catalog.of_kind("snapshot") if name is not None else ():
@@ -547,12 +555,15 @@ class Pool:
             heads = {catalog.versions[version].disk for version in beside if catalog.versions[version].kind == "head"}
             return events.Delete(versions), sorted(heads), versions
 
-        versions = self._engine.change("deleting snapshots", prepare)
+        self._engine.change("deleting snapshots", prepare, self._detach_readers)
+        self._engine.sweep()
+
+    def _detach_readers(self, versions: list[int]) -> None:
+        """Nobody reads these snapshots any more, before others use their blocks."""
         for version in versions:
             reader = self._readers.pop(version, None)
             if reader is not None:
                 reader._volume.detach()
-        self._engine.sweep()
 
     # Asking
 
@@ -577,12 +588,15 @@ class Pool:
         self, a: VersionRef | None, b: VersionRef, start: int = 0, stop: int | None = None
     ) -> Iterator[Extents]:
         """`diff` in parts of at most 65,536 extents, which take no more memory than that; go on at any `start`."""
+        if start < 0:
+            raise UsageError(f"the differences from offset {start} on: an offset is not negative")
         one = None if a is None else self._version(a)
         two = self._version(b)
         end = max(two.size_bytes, one.size_bytes if one is not None else 0)
         end = end if stop is None else min(end, stop)
         with self._reading() as catalog:
-            if one is not None and catalog.family(_at(one)) != catalog.family(_at(two)):
+            families = {catalog.family(_at(catalog, version)) for version in (one or two, two)}
+            if one is not None and len(families) > 1:
                 raise UsageError(
                     f"{one.name!r} and {two.name!r} are of no common origin; compare what they hold instead"
                 )
@@ -607,16 +621,18 @@ class Pool:
 
     def usage(self) -> PoolUsage:
         """What disks, snapshots and the pool take. Cost grows with what each version has of its own; writers wait."""
+        self._check_open()
         self._engine.sweep()
         with self._reading() as catalog, self._engine.still(catalog.versions):
             return measure(self._engine)
 
     def unique_bytes(self, versions: Iterable[VersionRef]) -> int:
         """What would be free if all of these were deleted."""
+        self._check_open()
         found = [self._version(ref) for ref in versions]
         self._engine.sweep()
         with self._reading() as catalog, self._engine.still(catalog.versions):
-            return self._engine.versions.unique_blocks([_at(version) for version in found]) * BLOCK_BYTES
+            return self._engine.versions.unique_blocks([_at(catalog, one) for one in found]) * BLOCK_BYTES
 
     def flush(self) -> None:
         """Everything that was written to any disk before survives a power cut when this returns."""
@@ -656,8 +672,12 @@ class Pool:
             raise BusyError(f"{doing}: it is in use by {', '.join(holders)}; disconnect there first")
 
 
-def _at(version: Readable) -> int:
-    return version._volume.version
+def _at(catalog: Catalog, version: Readable) -> int:
+    """The number of a version that is still there."""
+    record = catalog.versions.get(version._volume.version)
+    if record is None or record.kind == "ghost":
+        raise NotFoundError(f"{version._what()}: it was deleted")
+    return record.id
 
 
 def _checked_size(name: str, size_bytes: int | None, least: int, source: str | None) -> int:

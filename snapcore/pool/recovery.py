@@ -76,7 +76,7 @@ def _load(files: Files, block: Superblock, log: journal.Journal, cache_bytes: in
         used[slot >> 6] |= np.uint64(1 << (slot & 63))
     pages = PageFile(files.map, block.seed, _next_generation(block), block.slots, used, cache_bytes)
     core = _core(files, pages, block, log, _space(files, pages, block), block.space_root)
-    return Versions(catalog, core), refs
+    return Versions(catalog, core, writable=not files.read_only), refs
 
 
 def _load_catalog(files: Files, block: Superblock, cache_bytes: int) -> tuple[Catalog, list[int], bytes]:

@@ -42,10 +42,11 @@ class Versions:
         Of all heads.
     """
 
-    def __init__(self, catalog: Catalog, core: Core) -> None:
+    def __init__(self, catalog: Catalog, core: Core, *, writable: bool = True) -> None:
         self.catalog = catalog
         self.core = core
         self.volumes: dict[int, Volume] = {}
+        self._writable = writable
         self._backings: dict[int, int] = {}
         for record in catalog.of_kind("head"):
             self._open_head(record)
@@ -106,7 +107,7 @@ class Versions:
             parent=self.root(record.parent) if record.parent else 0,
             size_bytes=record.size_bytes,
             version=record.id,
-            writable=True,
+            writable=self._writable,
             watched=self._is_ghost(record.parent),
             backing=descriptor,
             backing_bytes=size_bytes,
