@@ -129,7 +129,8 @@ def rollback(name: str, snapshot: str, place: str, dry_run: bool, as_json: bool)
         changed = extents.total_bytes(rows)
         facts |= {"changed_bytes": changed, "lost_bytes": found.unique_bytes([wanted])}
         resized = "" if point.size_bytes == wanted.size_bytes else f", and its size to {output.size(point.size_bytes)}"
-        line = f"would set back {output.size(changed)} in {len(rows)} places{resized}; nothing was changed"
+        where = f"{len(rows)} place{'' if len(rows) == 1 else 's'}"
+        line = f"would set back {output.size(changed)} in {where}{resized}; nothing was changed"
         _say(facts, line, as_json=as_json)
 
 

@@ -107,7 +107,7 @@ def test_a_rollback_says_first_what_it_would_do_and_then_does_it(run: Run, web: 
     assert asked_first["changed_bytes"] == asked_first["lost_bytes"] == 4096
     assert (asked_first["snapshot"], asked_first["dry_run"]) == (cut["id"], True)
     code, out, _ = run("disk", "rollback", "web", "before", "--dry-run")
-    assert code == 0 and "4.0 KiB in 1 places" in out and "8.0 MiB" in out
+    assert code == 0 and "4.0 KiB in 1 place," in out and "8.0 MiB" in out
     assert content("web")[2 * MIB : 2 * MIB + 1] == b"x"
     assert asked(run, "disk", "rollback", "web", cut["id"])["size_bytes"] == SIZE
     assert content("web") == image.read_bytes()

@@ -32,6 +32,7 @@ from snapcore.extents import Extents
 from snapcore.persist import Medium
 from snapcore.pool import Pool
 from snapcore.progress import Progress
+from snapcore.repository import Repository
 from snapcore.source import open_source
 from tests.support.loop import file_system, loop_device
 from tests.support.pools import quick_folder
@@ -159,6 +160,22 @@ def test_a_snapshot_of_another_pool_can_be_imported(pool: Pool, image: Path, fol
         source.pwrite(b"later", 0)
         made = pool.import_image("copy", snapshot)
     assert made.pread(SIZE, 0) == image.read_bytes()
+
+
+def test_a_repository_takes_a_snapshot_and_is_told_what_changed_by_the_pool(
+    pool: Pool, image: Path, tmp_path: Path
+) -> None:
+    repository = Repository.create(tmp_path / "repository")
+    disk = pool.import_image("d", image)
+    first = disk.snapshot()
+    disk.pwrite(b"x" * 10, 2 * SPAN)
+    disk.write_zeroes(0, BLOCK)
+    second = disk.snapshot()
+    repository.snapshot(first, disk="d")
+    taken = repository.snapshot(second, disk="d", changed=pool.diff(first, second))
+    assert taken.read_bytes < SPAN
+    repository.restore(taken.snapshot, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == disk.pread(SIZE, 0)
 
 
 class Watching(Medium):
