@@ -8,6 +8,7 @@ that became ghosts are swept only after that commit (DESIGN, Durability, 5).
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -16,7 +17,7 @@ from snapcore.blockmap import Failure
 from snapcore.errors import Error, NotFoundError, StoreError, from_os_error
 from snapcore.pool import events
 from snapcore.pool.catalog import Catalog
-from snapcore.pool.failures import LIMIT_REACHED, MAP_NO_SPACE, typed
+from snapcore.pool.failures import LIMIT_REACHED, MAP_NO_SPACE, WRITE_FAILED, typed
 from snapcore.pool.files import Files
 from snapcore.pool.recovery import Opened
 from snapcore.volume import Core, LogFull, Volume
@@ -207,7 +208,7 @@ class Engine:
         if isinstance(failure, LogFull):
             self.checkpoint()
             return True
-        if failure.result == LIMIT_REACHED:
+        if failure.result == LIMIT_REACHED or (failure.result == WRITE_FAILED and failure.code == errno.ENOSPC):
             core = self.core
             waiting, taken = bool(core.held_blocks or core.reclaimable), core.used_blocks + core.held_blocks
             self.sweep()
