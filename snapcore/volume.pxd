@@ -133,6 +133,7 @@ cdef class Core:
     cdef readonly PageFile page_file
     cdef object _medium
     cdef int check(self, Trouble *trouble, int result) except -1
+    cdef uint64_t _peek(self, const uint64_t *number)
 
 
 cdef class Volume:

@@ -99,6 +99,8 @@ class Core:
         """No version holds these blocks any more."""
     def rewrite_space(self) -> None:
         """Write the whole bitmap of used blocks at the next checkpoint."""
+    def settle_freed(self) -> None:
+        """The replay has ended: free, after the next commit, what records freed and none used again."""
     def used_bitmap(self) -> npt.NDArray[np.uint64]:
         """One bit a block, lowest first."""
     def close_gates(self, volumes: Iterable[Volume]) -> None:

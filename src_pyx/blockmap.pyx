@@ -601,6 +601,9 @@ cdef int _collect_under(
     part.pages_left -= 1 + <int64_t> count
     if base >= part.first and numbers_add(refs, ref) < 0:
         return _fail(pages, NO_MEMORY, 0, 0)
+    # No page is at two places of a tree, so one with more pages than there are slots is forged.
+    if refs.count > pages.slots:
+        return _fail(pages, DAMAGED, 0, ref & SLOT_MASK)
     if level == 0:
         part.at_leaf = True
         if numbers_reserve(blocks, FAN_OUT) < 0:
@@ -689,6 +692,9 @@ cdef int _walk_difference(Pages *pages, int level, uint64_t a, uint64_t b, uint6
             return pages.failure
     if page_a == NULL and page_b == NULL:
         return _add_run(runs, base, span * FAN_OUT, ABSENT)
+    runs.pages += 1
+    if runs.pages > 2 * pages.slots:
+        return _fail(pages, DAMAGED, 0, (a if page_a != NULL else b) & SLOT_MASK)
     if runs.first > base:
         i = <int> min(<uint64_t> FAN_OUT, (runs.first - base) >> _shift(level))
     while i < FAN_OUT:
@@ -721,6 +727,9 @@ cdef int _walk_runs(Pages *pages, int level, uint64_t ref, uint64_t base, Runs *
     page = page_at(pages, ref, level)
     if page == NULL:
         return pages.failure
+    runs.pages += 1
+    if runs.pages > pages.slots:
+        return _fail(pages, DAMAGED, 0, ref & SLOT_MASK)
     if runs.first > base:
         i = <int> min(<uint64_t> FAN_OUT, (runs.first - base) >> _shift(level))
     while i < FAN_OUT:
@@ -760,6 +769,8 @@ cdef int _walk_tally(
         if page == NULL:
             return pages.failure
         tally.pages += base >= part.first
+        if tally.pages > pages.slots:
+            return _fail(pages, DAMAGED, 0, ref & SLOT_MASK)
     if _is_page(other):
         peer = page_at(pages, other, level)
         if peer == NULL:

@@ -85,6 +85,7 @@ cdef extern from *:
     int __atomic_load_n(int *target, int order) noexcept nogil
     int __ATOMIC_SEQ_CST
     int __builtin_ctzll(unsigned long long value) noexcept nogil
+    int __builtin_clzll(unsigned long long value) noexcept nogil
     int __builtin_popcountll(unsigned long long value) noexcept nogil
 
 cdef enum:
@@ -352,6 +353,16 @@ cdef void _give_back(CoreState *core, uint64_t first, uint64_t count) noexcept n
     core.held_count -= count
 
 
+cdef void _take_back(CoreState *core, const bint *own, const uint64_t *targets, uint64_t count) noexcept nogil:
+    """The new blocks of a write that failed are free."""
+    cdef uint64_t i
+    for i in range(count):
+        if not own[i]:
+            _give_back(core, targets[i], 1)
+    # Or else the next one that fails would go further beyond the end, and so on.
+    core.no_windows = 0
+
+
 cdef inline void _use(CoreState *core, uint64_t block) noexcept nogil:
     """A held block is used."""
     cdef uint64_t bit = <uint64_t> 1 << (block & 63)
@@ -383,6 +394,28 @@ cdef int _free_blocks(CoreState *core, const uint64_t *blocks, uint64_t count) n
         if freed.count and freed.items[freed.count - 2] + freed.items[freed.count - 1] == block:
             freed.items[freed.count - 1] += 1
         else:
+            freed.items[freed.count] = block
+            freed.items[freed.count + 1] = 1
+            freed.count += 2
+    return 0
+
+
+cdef int _settle_freed(CoreState *core) noexcept nogil:
+    """After a replay. A block that one record freed may be used by a later one, and be freed again: what waits to be
+    freed is told by the bitmap alone."""
+    cdef Numbers *freed = &core.freed
+    cdef uint64_t at, left, block
+    freed.count = 0
+    for at in range(core.capacity // 64):
+        left = core.held[at]
+        while left:
+            block = at * 64 + __builtin_ctzll(left)
+            left &= left - 1
+            if freed.count and freed.items[freed.count - 2] + freed.items[freed.count - 1] == block:
+                freed.items[freed.count - 1] += 1
+                continue
+            if numbers_reserve(freed, 2) < 0:
+                return NO_MEMORY
             freed.items[freed.count] = block
             freed.items[freed.count + 1] = 1
             freed.count += 2
@@ -579,7 +612,7 @@ cdef int _commit(CoreState *core, bint freezing, Numbers *dirty, Numbers *slots,
     if freezing:
         core.frozen_log_next = core.log_next
         core.frozen_commit = core.commit_number
-        core.frozen_end = core.end
+        core.frozen_end = _end_of_used(core)
         core.frozen_space_root = core.space_root
         volume = core.volumes
         while volume != NULL:
@@ -610,6 +643,24 @@ cdef int _commit(CoreState *core, bint freezing, Numbers *dirty, Numbers *slots,
     return result
 
 
+cdef uint64_t _end_of_used(CoreState *core) noexcept nogil:
+    """Behind the last used block: what writes that failed were to have does not count, and may not be in the file."""
+    cdef uint64_t at = (core.end + 63) // 64
+    while at:
+        at -= 1
+        if core.used[at]:
+            return at * 64 + 64 - __builtin_clzll(core.used[at])
+    return 0
+
+
+cdef bint _any_used(CoreState *core, uint64_t piece) noexcept nogil:
+    cdef uint64_t i
+    for i in range(piece * (PIECE_BLOCKS // 64), (piece + 1) * (PIECE_BLOCKS // 64)):
+        if core.used[i]:
+            return True
+    return False
+
+
 cdef int _freeze_space(CoreState *core, Trouble *trouble) noexcept nogil:
     """Pages for the pieces of the bitmap that changed."""
     cdef uint64_t piece
@@ -626,14 +677,18 @@ cdef int _freeze_space(CoreState *core, Trouble *trouble) noexcept nogil:
             return _trouble(trouble, NO_MEMORY, 0, 0)
         if result < 0:
             return _map_trouble(core, trouble)
-        ref = page_new(core.pages, KIND_BITMAP, &entries)
-        if ref == 0:
-            return _map_trouble(core, trouble)
-        memcpy(entries, core.used + piece * (PIECE_BLOCKS // 64), PIECE_BLOCKS // 8)
+        ref = ABSENT
+        # A piece without a used block may lie beyond the end, so it has no page.
+        if _any_used(core, piece):
+            ref = page_new(core.pages, KIND_BITMAP, &entries)
+            if ref == 0:
+                return _map_trouble(core, trouble)
+            memcpy(entries, core.used + piece * (PIECE_BLOCKS // 64), PIECE_BLOCKS // 8)
         result = tree_set(core.pages, &core.space_root, ABSENT, 0, piece, 1, ref, 0, &freed)
         numbers_free(&freed)
         if result < 0:
-            page_free(core.pages, ref)
+            if ref != ABSENT:
+                page_free(core.pages, ref)
             return _map_trouble(core, trouble)
         if old > LOST:
             page_free(core.pages, old)
@@ -820,9 +875,7 @@ cdef int _take_targets(
             want += 1
         block = _take(core, volume, want, &got)
         if block == 0:
-            for j in range(i):
-                if not own[j]:
-                    _give_back(core, targets[j], 1)
+            _take_back(core, own, targets, i)
             return _trouble(trouble, LIMIT_REACHED, 0, core.limit_blocks)
         for j in range(got):
             targets[i + j] = block + j
@@ -957,17 +1010,13 @@ cdef int _write_part(
     _lock(core)
     core.data_written = 1
     if result < 0:
-        for i in range(count):
-            if not own[i]:
-                _give_back(core, targets[i], 1)
+        _take_back(core, own, targets, count)
         return result
     if new_blocks:
         # The buffer was taken by a commit perhaps, and its memory with it.
         result = _log_room(core, new_blocks * RECORD_BYTES, 0)
         if result < 0:
-            for i in range(count):
-                if not own[i]:
-                    _give_back(core, targets[i], 1)
+            _take_back(core, own, targets, count)
             return _trouble(trouble, result, 0, 0)
         result = _map_targets(core, volume, old, targets, own, first, count, trouble)
     return result
@@ -1167,49 +1216,68 @@ cdef class Core:
             raise MemoryError
         raise (LogFull if result == LOG_FULL else Failure)(trouble.result, trouble.code, trouble.where)
 
+    cdef uint64_t _peek(self, const uint64_t *number):
+        """A number as others leave it."""
+        cdef uint64_t found
+        with nogil:
+            _lock(self.core)
+            found = number[0]
+            _unlock(self.core)
+        return found
+
     @property
     def failed(self):
-        return self.core.failed
+        cdef int code
+        with nogil:
+            _lock(self.core)
+            code = self.core.failed
+            _unlock(self.core)
+        return code
 
     @property
     def used_blocks(self):
-        return self.core.used_count
+        return self._peek(&self.core.used_count)
 
     @property
     def held_blocks(self):
-        return self.core.held_count
+        return self._peek(&self.core.held_count)
 
     @property
     def end_blocks(self):
-        return self.core.end
+        return self._peek(&self.core.end)
 
     @property
     def space_root(self):
-        return self.core.space_root
+        return self._peek(&self.core.space_root)
 
     @property
     def commits(self):
-        return self.core.commits
+        return self._peek(&self.core.commits)
 
     @property
     def log_next(self):
-        return self.core.log_next
+        return self._peek(&self.core.log_next)
 
     @property
     def commit_number(self):
-        return self.core.commit_number
+        return self._peek(&self.core.commit_number)
 
     @property
     def log_free_sectors(self):
-        return self.core.log_sectors - (self.core.log_next - self.core.log_tail)
+        cdef uint64_t free_sectors
+        with nogil:
+            _lock(self.core)
+            free_sectors = self.core.log_sectors - (self.core.log_next - self.core.log_tail)
+            _unlock(self.core)
+        return free_sectors
 
     @property
     def pending_bytes(self):
-        return self.core.buffer_bytes
+        return self._peek(&self.core.buffer_bytes)
 
     @property
     def reclaimable(self):
-        return self.core.freed_durable.count > 0
+        return self._peek(&self.core.freed_durable.count) > 0
 
     @property
     def limit_blocks(self):
@@ -1314,6 +1382,15 @@ cdef class Core:
             memset(self.core.pieces_changed, 1, self.core.capacity // PIECE_BLOCKS)
             _unlock(self.core)
 
+    def settle_freed(self):
+        cdef int result
+        with nogil:
+            _lock(self.core)
+            result = _settle_freed(self.core)
+            _unlock(self.core)
+        if result < 0:
+            raise MemoryError
+
     def used_bitmap(self):
         with nogil:
             _lock(self.core)
@@ -1370,6 +1447,8 @@ cdef int _replay(
     cdef uint64_t at = position
     cdef uint64_t last = position + count
     cdef uint64_t part, block, i
+    cdef unsigned long long data_bytes = 0
+    cdef long long mtime_ns = 0
     cdef Numbers freed
     cdef int result = 0
     memset(&freed, 0, sizeof(freed))
@@ -1377,6 +1456,9 @@ cdef int _replay(
         return OUT_OF_RANGE
     if entry > LOST:
         if entry >= MAX_BLOCKS or entry + count > MAX_BLOCKS or entry < FIRST_BLOCK:
+            return BLOCK_OUTSIDE
+        # What a record tells of was in the file before it. Memory for the bitmap follows the file, not the record.
+        if snapcore_status(core.data, &data_bytes, &mtime_ns) or (entry + count) * BLOCK_BYTES > data_bytes:
             return BLOCK_OUTSIDE
         if _grow_space(core, entry + count) < 0:
             return NO_MEMORY

@@ -14,6 +14,9 @@ import msgspec
 
 from snapcore.errors import DamagedError
 
+# Numbers are of 32 bits in the log; a change takes a few hundred at the most.
+MAX_ID = (1 << 32) - (1 << 16)
+
 Kind = Literal["head", "snapshot", "ghost"]
 
 
@@ -186,24 +189,29 @@ def decode(data: bytes, where: str) -> tuple[Catalog, bytes]:
         for record in stored.versions:
             if record.parent:
                 catalog.children[record.parent].add(record.id)
-        _check(catalog)
     except (msgspec.DecodeError, KeyError, ValueError, RecursionError) as error:
         raise DamagedError(f"{where}: the catalog cannot be read: {error}; restore the pool from a backup") from None
+    check(catalog, where)
     return catalog, stored.slots
 
 
-def _check(catalog: Catalog) -> None:
-    """Every reference leads somewhere, and ancestors come to an end."""
-    heads = []
+def check(catalog: Catalog, where: str) -> None:
+    """Every reference leads somewhere, and ancestors come to an end; else a DamagedError."""
+    try:
+        _check_versions(catalog)
+        _check_disks(catalog)
+    except (KeyError, ValueError) as error:
+        raise DamagedError(f"{where}: the catalog cannot be right: {error}; restore the pool from a backup") from None
+
+
+def _check_versions(catalog: Catalog) -> None:
     for record in catalog.versions.values():
         if not 0 <= record.size_bytes <= 1 << 47 or not 0 < record.id < 1 << 32 or not 0 <= record.root < 1 << 64:
             raise ValueError(f"version {record.id} has values that none has")
         if record.backing and record.backing not in catalog.backings:
             raise ValueError(f"version {record.id} refers to an image that is not there")
-        if record.kind == "head":
-            heads.append(record.id)
-    if sorted(heads) != sorted(disk.head for disk in catalog.disks.values()):
-        raise ValueError("disks and heads are not one to one")
+        if record.kind == "head" and (catalog.children[record.id] or catalog.disks[record.disk].head != record.id):
+            raise ValueError(f"version {record.id} is no disk's head")
     good: set[int] = {0}
     for number in catalog.versions:
         path: dict[int, None] = {}
@@ -213,7 +221,19 @@ def _check(catalog: Catalog) -> None:
             path[number] = None
             number = catalog.versions[number].parent
         good.update(path)
+    for backing in catalog.backings.values():
+        if not 0 <= backing.size_bytes <= 1 << 47 or not -(1 << 63) <= backing.mtime_ns < 1 << 63:
+            raise ValueError(f"image {backing.id} has values that none has")
+
+
+def _check_disks(catalog: Catalog) -> None:
+    for disk in catalog.disks.values():
+        if catalog.versions[disk.head].kind != "head" or catalog.versions[disk.head].disk != disk.id:
+            raise ValueError(f"disk {disk.id} has no head")
+        if disk.origin_kind == "image" and disk.origin not in catalog.backings:
+            raise ValueError(f"disk {disk.id} refers to an image that is not there")
     if len({disk.name for disk in catalog.disks.values()}) != len(catalog.disks):
         raise ValueError("two disks have one name")
-    if catalog.next_id <= max([0, *catalog.versions, *catalog.disks, *catalog.backings, *catalog.groups]):
-        raise ValueError("numbers would be used twice")
+    numbers = [0, *catalog.versions, *catalog.disks, *catalog.backings, *catalog.groups]
+    if not max(numbers) < catalog.next_id <= MAX_ID or min(numbers) < 0:
+        raise ValueError("numbers would be used twice, or there are none left")

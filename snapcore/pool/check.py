@@ -28,6 +28,7 @@ _CACHE_BYTES = 256 << 20
 _SLOT_MASK = np.uint64((1 << 48) - 1)
 _LOST = 2
 _ALL = 1 << 35
+PAGE_ENTRIES = 128
 _RUNS = 1 << 16
 _PROBLEMS = {
     1: "{what}: the page of block {position} (slot {ref} of the map) cannot be read",
@@ -211,8 +212,10 @@ def _lost_in(versions: Versions) -> list[str]:
 
 
 def _lost_extents(pages: PageFile, root: int) -> Iterator[tuple[int, int]]:
-    at = 0
-    while at < _ALL:
+    at, found = 0, 0
+    # A forged tree may hold a page many times, and have no end in this life.
+    while at < _ALL and found < pages.slots * PAGE_ENTRIES:
         runs, at = pages.runs(root, at, _ALL, _RUNS)
+        found += len(runs)
         for position, count, _ in runs[runs[:, 2] == _LOST].tolist():
             yield position * BLOCK_BYTES, count * BLOCK_BYTES

@@ -187,6 +187,7 @@ class Engine:
                 self.core.reclaim()
                 raise from_os_error(error, what) from error
             except Failure as failure:
+                self.core.reclaim()
                 raise typed(failure, self.folder, what) from None
             self.checkpoints += 1
             self.core.reclaim()
@@ -208,7 +209,9 @@ class Engine:
         if isinstance(failure, LogFull):
             self.checkpoint()
             return True
-        if failure.result == LIMIT_REACHED or (failure.result == WRITE_FAILED and failure.code == errno.ENOSPC):
+        if failure.result == LIMIT_REACHED or (
+            failure.result in (WRITE_FAILED, MAP_NO_SPACE) and failure.code == errno.ENOSPC
+        ):
             core = self.core
             waiting, taken = bool(core.held_blocks or core.reclaimable), core.used_blocks + core.held_blocks
             self.sweep()

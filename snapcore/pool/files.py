@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -51,26 +52,37 @@ class Files:
 
 def make(folder: str, medium: Medium, superblock: Superblock, map_bytes: bytes) -> None:
     """Make the files of a new pool. Until the superblock has its name there is no pool, whatever a crash leaves."""
+    made: list[str] = []
+
+    def make_file(name: str, pieces: list[bytes]) -> str:
+        made.append(os.path.join(folder, name))
+        _make_file(medium, made[-1], pieces)
+        return made[-1]
+
     try:
         medium.make_folder(folder)
         if os.listdir(folder):
             raise ExistsError(f"{folder} is not empty; make the pool in a folder of its own")
-        _make_file(medium, os.path.join(folder, "lock"), [])
-        _make_file(medium, os.path.join(folder, "data"), [])
-        _make_file(medium, os.path.join(folder, "map"), [map_bytes])
+        make_file("lock", [])
+        make_file("data", [])
+        make_file("map", [map_bytes])
         log_bytes = superblock.log_sectors * SECTOR_BYTES
         pieces = [_ZEROS] * (log_bytes // len(_ZEROS)) + [_ZEROS[: log_bytes % len(_ZEROS)]]
-        _make_file(medium, os.path.join(folder, "log"), [piece for piece in pieces if piece])
+        make_file("log", [piece for piece in pieces if piece])
         copies = bytearray(FILE_BYTES)
         for offset in COPY_OFFSETS:
             copies[offset : offset + COPY_BYTES] = superblock.encode()
-        unnamed = os.path.join(folder, "superblock.new")
-        _make_file(medium, unnamed, [bytes(copies)])
+        unnamed = make_file("superblock.new", [bytes(copies)])
+        made.append(os.path.join(folder, "superblock"))
         medium.sync_folder(folder)
         medium.rename(unnamed, os.path.join(folder, "superblock"))
         medium.sync_folder(folder)
         medium.sync_folder(os.path.dirname(os.path.abspath(folder)))
     except OSError as error:
+        # So that one may try again in the same folder. What makes it a pool goes first.
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                medium.unlink(path)
         raise from_os_error(error, f"making the pool {folder}") from error
 
 

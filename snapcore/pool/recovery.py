@@ -14,7 +14,7 @@ from snapcore.blockmap import Failure, PageFile
 from snapcore.errors import DamagedError
 from snapcore.persist import Medium
 from snapcore.pool import catalog as catalogs
-from snapcore.pool import journal, superblock
+from snapcore.pool import events, journal, superblock
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.checkpoint import KIND_BITMAP, PIECE_BLOCKS, Checkpointer, get_catalog
 from snapcore.pool.failures import typed
@@ -27,8 +27,6 @@ BLOCK_BYTES = 4096
 LEVELS = 5
 LOST = 2
 _SLOT_MASK = (1 << 48) - 1
-# Blocks that were taken for writes that had not reached the file.
-_SLACK_BLOCKS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +132,7 @@ def _words(data: bytes, bits: int) -> npt.NDArray[np.uint64]:
 def _space(files: Files, pages: PageFile, block: Superblock) -> npt.NDArray[np.uint64]:
     """The bitmap of used blocks."""
     where = files.path("data")
-    if block.end_blocks > os.fstat(files.data).st_size // BLOCK_BYTES + _SLACK_BLOCKS:
+    if block.end_blocks > os.fstat(files.data).st_size // BLOCK_BYTES:
         raise DamagedError(f"{where} is shorter than its {block.end_blocks} blocks; restore the pool from a backup")
     pieces = (block.end_blocks + PIECE_BLOCKS - 1) // PIECE_BLOCKS
     out = np.zeros((pieces, PIECE_BLOCKS // 64), dtype="<u8")
@@ -165,6 +163,11 @@ def _next_generation(block: Superblock) -> int:
 
 
 def _read_log(files: Files, block: Superblock, *, give_up: bool) -> journal.Journal:
+    if os.fstat(files.log).st_size < block.log_sectors * journal.SECTOR_BYTES:
+        # A commit that ended here could not be read back.
+        raise DamagedError(
+            f"{files.path('log')} is shorter than its {block.log_sectors} sectors; restore the pool from a backup"
+        )
     if block.clean:
         # Nothing was committed behind this checkpoint; old sectors in the log say nothing.
         return journal.Journal([], block.log_next, block.commit_number)
@@ -182,12 +185,41 @@ def _replay(versions: Versions, log: journal.Journal, where: str) -> None:
             if isinstance(record, journal.Map):
                 versions.core.replay(versions.volumes[record.version], record.position, record.count, record.entry)
             else:
+                _check_event(record, versions.catalog)
                 versions.apply(record)
         except (KeyError, ValueError, OverflowError) as error:
             raise DamagedError(
                 f"{where}: a record does not fit what was before it ({type(error).__name__}: {error}); "
                 "restore the pool from a backup"
             ) from None
+    versions.core.settle_freed()
+    if log.commits:
+        catalogs.check(versions.catalog, where)
+
+
+def _check_event(event: events.Event, catalog: Catalog) -> None:
+    """Numbers are new where they must be, and versions are of the kind that the event is for."""
+    new: list[int] = []
+    kinds: list[tuple[int, str]] = []
+    match event:
+        case events.MakeDisk():
+            new = [event.disk, event.version, *([event.backing.id] if event.backing else [])]
+            kinds = [(event.parent, "snapshot")] if event.parent else []
+        case events.Cut():
+            new = [version for _, version, _ in event.cuts] + ([event.group] if event.group else [])
+        case events.Clone():
+            new = [event.ghost, event.disk, event.version]
+        case events.Rehead():
+            new = [event.version]
+            kinds = [(event.parent, "snapshot")] if event.parent else []
+        case events.Delete():
+            kinds = [(version, "snapshot") for version in event.versions]
+        case events.Sweep():
+            kinds = [(event.version, "ghost")]
+    if any(number < catalog.next_id for number in new) or len({*new}) < len(new):
+        raise ValueError("a number is taken")
+    if any(catalog.versions[version].kind != kind for version, kind in kinds):
+        raise ValueError("a version is of another kind")
 
 
 def rebuild_state(files: Files, cache_bytes: int) -> Opened:

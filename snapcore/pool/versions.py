@@ -94,8 +94,9 @@ class Versions:
         record = self.catalog.backings[number]
         if self._backings.get(number, LOST_BACKING) == LOST_BACKING:
             try:
-                self._backings[number] = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
+                self._backings[number] = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except (OSError, ValueError):
+                # ValueError: no file has such a name.
                 self._backings[number] = LOST_BACKING
         return self._backings[number], record.size_bytes, record.mtime_ns
 
