@@ -67,6 +67,25 @@ def test_what_was_overwritten_before_a_checkpoint_is_freed_after_a_crash(pool: P
     pool._closed = True
 
 
+def test_a_block_that_was_freed_and_used_again_since_the_checkpoint_outlives_a_crash(tmp_path: Path) -> None:
+    """The log that is done again frees it, and uses it, and perhaps more than once: it is not punched out after that."""
+    path = tmp_path / "small"
+    pool = Pool.create(path, limit_bytes=4 * MIB, background=False)
+    disk = pool.create_disk("disk", 12 * MIB)
+    rounds = [bytes([65 + step]) * 900 * BLOCK for step in range(9)]
+    for step, data in enumerate(rounds):
+        disk.pwrite(data, step % 3 * 4 * MIB)
+        disk.flush()
+        if data != rounds[-1]:
+            disk.discard(step % 3 * 4 * MIB, 4 * MIB)
+    checkpoints, end = pool._engine.checkpoints, pool._engine.core.end_blocks
+    pool._engine.abandon()
+    assert checkpoints == 0 and end < 4 * 1024, "blocks were used again, and no checkpoint came in between"
+    with Pool.open(path, background=False) as again:
+        check_space(again, 900)
+        assert again.open_disk("disk").pread(900 * BLOCK, 2 * 4 * MIB) == rounds[-1]
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
 def test_deleting_all_snapshots_leaves_what_the_disk_has(pool: Pool, order: tuple[int, ...]) -> None:
     disk = _filled(pool, "disk", 8)
