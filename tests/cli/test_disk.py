@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,18 @@ import pytest
 
 from snapcore.pool import Pool
 from tests.support.command import Run, asked, listed
+from tests.support.pools import quick_folder
 
 MIB = 1 << 20
 SIZE = 8 * MIB + 100
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: each command opens and closes the pool, which syncs."""
+    made = quick_folder()
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from snapcore.pool import Pool
 from tests.support.command import Run, asked
+from tests.support.pools import quick_folder
 
 MIB = 1 << 20
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: each command opens and closes the pool, which syncs."""
+    made = quick_folder()
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture
