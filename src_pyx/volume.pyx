@@ -447,7 +447,8 @@ cdef int _reclaim(CoreState *core) noexcept nogil:
     _unlock(core)
     while __atomic_load_n(&core.readers[old], __ATOMIC_SEQ_CST):
         snapcore_pause()
-    qsort(runs.items, runs.count // 2, 16, _compare_runs)
+    if runs.count:
+        qsort(runs.items, runs.count // 2, 16, _compare_runs)
     i = 0
     while i < runs.count:
         first = runs.items[i]

@@ -195,6 +195,21 @@ def test_a_log_that_goes_round_its_ring_loses_nothing(place: Path) -> None:
     replay(work.recorder, place, 3, further=100)
 
 
+def test_a_block_that_was_freed_and_used_again_within_one_log_is_kept(place: Path) -> None:
+    work = started(place)
+    work.write("disk", data(1), 0)
+    places = [work.state.disks["disk"].places[0]]
+    while len({*places}) == len(places):
+        work.discard("disk", 0, BLOCK_BYTES)
+        work.reclaim()
+        work.write("disk", data(len(places)), 0)
+        work.flush("disk")
+        places.append(work.state.disks["disk"].places[0])
+    assert work.pool._engine.checkpoints == 0
+    work.pool._engine.abandon()
+    replay(work.recorder, place, 2, further=20, first=len(work.recorder.operations) - 60)
+
+
 def test_a_full_log_makes_room_for_itself(place: Path) -> None:
     work = started(place)
     before = work.pool._engine.checkpoints
@@ -256,6 +271,7 @@ SMALL: dict[str, Small] = {
     "clone or delete it": _clone,
     "resize": _resize,
     "checkpoint": lambda work: work.checkpoint(),
+    "reclaim": lambda work: work.reclaim(),
     "reopen": _reopen,
 }
 

@@ -193,6 +193,15 @@ class Work:
         """Write the maps."""
         self._step("checkpoint", lambda: self.pool.checkpoint())
 
+    def reclaim(self) -> None:
+        """Flush, and let what was freed be used again without a checkpoint, as the pool's own thread would."""
+
+        def work() -> None:
+            self.pool.flush()
+            self.pool._engine.core.reclaim()
+
+        self._step("reclaim", work)
+
     def cut(self, *names: str, name: str | None = None) -> list[str]:
         """Snapshots of disks at one instant; their ids."""
         made: list[Snapshot] = []
@@ -276,6 +285,8 @@ class Work:
             self.flush(name)
         elif what == "checkpoint":
             self.checkpoint()
+        elif what == "reclaim":
+            self.reclaim()
         elif what == "cut" and len(kept) < 6:
             self.cut(name)
         elif what == "group" and len(kept) < 5:
@@ -300,7 +311,8 @@ class Work:
 
 
 _CHOICES = (
-    *["write"] * 10, *["discard"] * 3, *["flush"] * 3, "checkpoint", *["cut"] * 3, "group", "rollback", "clone", "make",
+    *["write"] * 10, *["discard"] * 3, *["flush"] * 3, "checkpoint", *["reclaim"] * 2, *["cut"] * 3,
+    "group", "rollback", "clone", "make",
     "resize", *["delete"] * 3, "delete disk", "reopen",
 )  # fmt: skip
 
