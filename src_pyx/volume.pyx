@@ -84,6 +84,9 @@ cdef extern from *:
     int __atomic_add_fetch(int *target, int value, int order) noexcept nogil
     int __atomic_load_n(int *target, int order) noexcept nogil
     int __ATOMIC_SEQ_CST
+    # Read without the mutex too.
+    uint64_t load_size "__atomic_load_n"(uint64_t *target, int order) noexcept nogil
+    void store_size "__atomic_store_n"(uint64_t *target, uint64_t value, int order) noexcept nogil
     int __builtin_ctzll(unsigned long long value) noexcept nogil
     int __builtin_clzll(unsigned long long value) noexcept nogil
     int __builtin_popcountll(unsigned long long value) noexcept nogil
@@ -1561,7 +1564,7 @@ cdef class Volume:
 
     @property
     def size_bytes(self):
-        return self.volume.size_bytes
+        return load_size(&self.volume.size_bytes, __ATOMIC_SEQ_CST)
 
     @property
     def version(self):
@@ -1587,7 +1590,7 @@ cdef class Volume:
             _lock(self.core.core)
             self.volume.root = root
             self.volume.parent = parent
-            self.volume.size_bytes = size_bytes
+            store_size(&self.volume.size_bytes, size_bytes, __ATOMIC_SEQ_CST)
             self.volume.version = version
             self.volume.watched = watched
             _unlock(self.core.core)
@@ -1604,17 +1607,16 @@ cdef class Volume:
         # A buffer and not a typed memoryview, which takes as long to make as the read.
         cdef Trouble trouble
         cdef Py_buffer view
-        cdef uint64_t size_bytes
+        cdef uint64_t size_bytes, whole
         cdef int result = 0
         PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
         try:
             size_bytes = <uint64_t> view.len
             if offset < 0:
                 result = _trouble(&trouble, OUT_OF_RANGE, 0, 0)
-            elif <uint64_t> offset >= self.volume.size_bytes:
-                size_bytes = 0
             else:
-                size_bytes = min(size_bytes, self.volume.size_bytes - <uint64_t> offset)
+                whole = load_size(&self.volume.size_bytes, __ATOMIC_SEQ_CST)
+                size_bytes = min(size_bytes, whole - min(whole, <uint64_t> offset))
             if result == 0 and size_bytes:
                 with nogil:
                     result = volume_read(
