@@ -237,16 +237,16 @@ class Engine:
     def _sweep_all(self) -> bool:
         """False when the log is full."""
         with self._lock:
-            while waiting := [version for version in self.versions.stirred() if self._may_sweep(version)]:
-                inside, beside = self.catalog.part([waiting[0]])
+            while version := self._next_to_sweep():
+                inside, beside = self.catalog.part([version])
                 gates = self.versions.heads_beside([*inside, *beside])
                 self.core.close_gates(gates)
                 try:
-                    plan = self.versions.plan_sweep(waiting[0])
+                    plan = self.versions.plan_sweep(version)
                     try:
-                        self.core.append_event(events.encode(events.Sweep(waiting[0])))
+                        self.core.append_event(events.encode(events.Sweep(version)))
                     except Failure:
-                        self.versions.drop_plan(plan, waiting[0])
+                        self.versions.drop_plan(plan, version)
                         raise
                     self.versions.sweep(plan)
                 except LogFull:
@@ -255,9 +255,16 @@ class Engine:
                     self.core.open_gates(gates)
         return True
 
-    def _may_sweep(self, version: int) -> bool:
-        inside, _ = self.catalog.part([version])
-        return not self._fresh_ghosts.intersection(inside)
+    def _next_to_sweep(self) -> int:
+        """A ghost in whose part all deletions are durable, or 0. Each part is looked at once."""
+        seen: set[int] = set()
+        for version in self.versions.stirred():
+            if version not in seen:
+                inside, _ = self.catalog.part([version])
+                if self._fresh_ghosts.isdisjoint(inside):
+                    return version
+                seen.update(inside)
+        return 0
 
     def _keep(self) -> None:
         half = self.checkpointer.superblock.log_sectors // 2

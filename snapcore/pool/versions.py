@@ -281,10 +281,11 @@ class Versions:
         needed = [self.root(other) for other in beside]
         blocks, before = self._only_in([self.root(other) for other in inside], needed)
         leaving = self._leaving(inside)
+        gone = set(leaving)
         roots: dict[int, int] = {}
         try:
             for other in inside:
-                if other not in leaving:
+                if other not in gone:
                     roots[other] = pages.prune(self.root(other), needed)
             _, after = self._only_in([*roots.values()], needed)
         except BaseException:
@@ -321,14 +322,14 @@ class Versions:
         """Ghosts that have, or come to have, at most one child; in the order in which they can go."""
         children = {version: set(self.catalog.children[version]) for version in inside}
         parents = {version: self.catalog.versions[version].parent for version in inside}
-        leaving: list[int] = []
+        leaving: dict[int, None] = {}
         again = True
         while again:
             again = False
             for version in inside:
                 if version in leaving or len(children[version]) > 1:
                     continue
-                leaving.append(version)
+                leaving[version] = None
                 again = True
                 parent = parents[version]
                 for child in children[version]:
@@ -337,7 +338,7 @@ class Versions:
                 if parent in children:
                     children[parent].discard(version)
                     children[parent].update(children[version])
-        return leaving
+        return [*leaving]
 
     def sweep(self, plan: SweepPlan) -> None:
         """Do what was planned."""

@@ -38,7 +38,9 @@ HEAD = struct.Struct("<QIIII")
 SUM = struct.Struct("<Q")
 DISKS = 3
 WRITERS = 4
-MOST_SNAPSHOTS = 24
+# Groups of snapshots: the deleter leaves so many, and at so many more the cutters wait for it.
+FEW_KEPT = 8
+MOST_KEPT = 50
 HANGS_AFTER_S = 300.0
 
 
@@ -161,6 +163,9 @@ class Crowd:
     def _cut(self) -> None:
         done = 0
         while self.goes_on(done * 10):
+            if len(self.kept) > MOST_KEPT:
+                self.stop.wait(0.001)
+                continue
             before = [writer.returned for writer in self.writers]
             snapshots = self.pool.snapshot_group(self.disks)
             after = [writer.begun for writer in self.writers]
@@ -203,7 +208,7 @@ class Crowd:
         chance = random.Random(1)
         while not self.stop.is_set():
             with self.lock:
-                many = len(self.kept) > MOST_SNAPSHOTS // DISKS
+                many = len(self.kept) > FEW_KEPT
                 kept = self.kept.pop(chance.randrange(len(self.kept))) if many else None
             if kept is None:
                 self.stop.wait(0.001)
