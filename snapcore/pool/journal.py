@@ -66,6 +66,8 @@ def read(path: str, descriptor: int, superblock: Superblock, *, leniently: bool 
     data = _read_all(path, descriptor, size_bytes)
     places = (superblock.log_next + np.arange(superblock.log_sectors)) % superblock.log_sectors
     sectors = read_sectors(data, superblock.seed)[places]
+    if not leniently and np.any(sectors[:, 0] == _DAMAGED) and not np.any(sectors[:, 0] == _WHOLE):
+        raise _damage(path, int(places[np.argmax(sectors[:, 0] == _DAMAGED)]), "no sector is of this pool; the first")
     count = _length(path, sectors, places, superblock, leniently=leniently)
     commits: list[bytes] = []
     number, start = superblock.commit_number, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from snapcore.pool import catalog as catalogs
 from snapcore.pool import events, journal, superblock
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.checkpoint import KIND_BITMAP, PIECE_BLOCKS, Checkpointer, get_catalog
-from snapcore.pool.failures import typed
+from snapcore.pool.failures import OUT_OF_RANGE, typed
 from snapcore.pool.files import SLOT_BYTES, Files
 from snapcore.pool.superblock import Superblock
 from snapcore.pool.versions import Versions
@@ -188,13 +189,21 @@ def _replay(versions: Versions, log: journal.Journal, where: str) -> None:
                 _check_event(record, versions.catalog)
                 versions.apply(record)
         except (KeyError, ValueError, OverflowError) as error:
-            raise DamagedError(
-                f"{where}: a record does not fit what was before it ({type(error).__name__}: {error}); "
-                "restore the pool from a backup"
-            ) from None
+            raise _misfit(where, f"{type(error).__name__}: {error}") from None
+        except Failure as failure:
+            if failure.result == OUT_OF_RANGE:
+                raise _misfit(where, f"block {failure.slot} is not inside of its disk") from None
+            raise
     versions.core.settle_freed()
     if log.commits:
         catalogs.check(versions.catalog, where)
+
+
+def _misfit(where: str, why: str) -> DamagedError:
+    return DamagedError(
+        f"{where}: a record does not fit what was before it ({why}); restore the pool from a backup, or give up what "
+        "comes behind it with `snapcore pool check --repair`"
+    )
 
 
 def _check_event(event: events.Event, catalog: Catalog) -> None:
@@ -228,6 +237,9 @@ def rebuild_state(files: Files, cache_bytes: int) -> Opened:
     The log is done again up to where it is damaged or fits no more. Nothing is written.
     """
     block, damaged = superblock.read(files.path("superblock"))
+    # Blocks behind the end of the file are lost, and cost no memory.
+    in_file = os.fstat(files.data).st_size // BLOCK_BYTES
+    block = dataclasses.replace(block, end_blocks=min(block.end_blocks, in_file))
     try:
         log = _read_log(files, block, give_up=True)
         catalog, refs = _load_catalog(files, block, cache_bytes)[:2]

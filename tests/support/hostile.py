@@ -29,6 +29,7 @@ _PIECE_BYTES = 1016
 _KIND_CATALOG = 32
 _KINDS = (0, 1, 2, 3, 4, 16, 32)
 _SLOT_MASK = (1 << 48) - 1
+_MOST_SLOTS = 1 << 13
 NAMES = ("superblock", "map", "log", "data")
 NUMBERS = (
     0, 1, 2, 3, 4, 5, 7, 15, 16, 63, 64, 127, 128, 129, 255, 4095, 4096, 65535, 65536, (1 << 31) - 1, 1 << 31,
@@ -44,8 +45,12 @@ Pieces = dict[str, bytes]
 
 
 def pieces_of(folder: Path) -> Pieces:
-    """The files of a pool."""
-    return {name: (folder / name).read_bytes() for name in NAMES}
+    """The files of a pool; the map up to its last slot."""
+    pieces = {name: (folder / name).read_bytes() for name in NAMES}
+    block = block_of(pieces)
+    assert block is not None
+    pieces["map"] = pieces["map"][: block.slots * SLOT_BYTES]
+    return pieces
 
 
 def build(pieces: Pieces, folder: Path) -> Path:
@@ -108,8 +113,8 @@ def blocks_of(pieces: Pieces) -> list[Superblock | None]:
 
 
 def block_of(pieces: Pieces) -> Superblock | None:
-    """The copy that counts."""
-    whole = [block for block in blocks_of(pieces) if block is not None]
+    """The copy that counts; none when it has too many slots to be worked on here."""
+    whole = [block for block in blocks_of(pieces) if block is not None and block.slots < _MOST_SLOTS]
     return max(whole, key=lambda block: (block.generation, not block.clean)) if whole else None
 
 
@@ -150,7 +155,7 @@ def catalog_of(pieces: Pieces) -> dict[str, Any] | None:
         ref = int.from_bytes(page[:8], "little")
     try:
         found = msgspec.msgpack.decode(data[: block.catalog_bytes])
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -365,7 +370,7 @@ def shared_pages(pieces: Pieces, dice: random.Random) -> None:
     slots = catalog.get("slots")
     if isinstance(slots, bytes):
         bits = int.from_bytes(slots, "little") | 31 << first
-        catalog["slots"] = bits.to_bytes((first + 5 + 63) // 64 * 8, "little")
+        catalog["slots"] = bits.to_bytes((bits.bit_length() + 63) // 64 * 8, "little")
     try:
         with_catalog(pieces, msgspec.msgpack.encode(catalog))
     except (ValueError, OverflowError, TypeError):
