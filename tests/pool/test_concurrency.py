@@ -3,7 +3,8 @@
 A writer does one thing after the other, and what its nth thing is follows from n alone. So in a snapshot each writer's
 work must be a beginning of its sequence: the highest number found says what every place of that writer holds, on all
 disks of a group. That number is at least what had returned before the cut was asked for, and at most what had begun
-when it was done. Places are no multiples of a block, so neighbours share blocks.
+when it was done; only what was under way at the cut may be there in part (as when it waited for room in the log).
+Places are no multiples of a block, so neighbours share blocks.
 
 `-m campaign` runs for SNAPCORE_CAMPAIGN_SECONDS (600).
 """
@@ -179,26 +180,28 @@ class Crowd:
         """A group holds a beginning of each writer's work, of a length within the bounds."""
         images = [snapshot.pread(self.size_bytes, 0) for snapshot in snapshots]
         for writer in self.writers:
-            upto = self._length(writer, images, most[writer.number])
-            assert least[writer.number] <= upto <= most[writer.number], (writer.number, least, upto, most)
+            returned, begun = least[writer.number], most[writer.number]
+            found = max(self._highest(writer, image) for image in images)
+            assert found <= begun, (writer.number, found, begun)
+            upto = max(found, returned)
+            # What was under way at the cut may be there in part: the last thing found, or a discard right behind it.
+            loose = {writer.where(n): n for n in (upto, upto + 1) if returned < n <= begun}
             for disk, image in enumerate(images):
                 for place in range(PLACES):
                     start = writer.offset(place)
-                    wanted = writer.content(writer.expected(disk, place, upto))
-                    assert image[start : start + PLACE_BYTES] == wanted, (writer.number, upto, disk, place)
+                    held = image[start : start + PLACE_BYTES]
+                    if held == writer.content(writer.expected(disk, place, upto)):
+                        continue
+                    n = loose.get((disk, place), 0)
+                    before = writer.content(writer.expected(disk, place, n - 1))
+                    mixed = n and _is_mixture(held, before, writer.content(n))
+                    assert mixed, (writer.number, returned, upto, begun, disk, place)
         return Kept(snapshots, [xxhash.xxh3_64_intdigest(image) for image in images])
 
-    def _length(self, writer: Writer, images: list[bytes], most: int) -> int:
-        """How much of a writer's work is there: up to the highest number found, and the discards right behind it."""
-        rows = [np.frombuffer(image, dtype=np.uint8).reshape(PLACES, WRITERS, PLACE_BYTES) for image in images]
-        heads = [np.ascontiguousarray(row[:, writer.number, :8]).view("<u8") for row in rows]
-        upto = max(int(head.max()) for head in heads)
-        while upto < most and writer.discards(upto + 1):
-            disk, place = writer.where(upto + 1)
-            if heads[disk][place, 0] != 0:
-                break
-            upto += 1
-        return upto
+    def _highest(self, writer: Writer, image: bytes) -> int:
+        """Number of the last write of which a record is there."""
+        rows = np.frombuffer(image, dtype=np.uint8).reshape(PLACES, WRITERS, PARTS, RECORD_BYTES)
+        return int(np.ascontiguousarray(rows[:, writer.number, :, :8]).view("<u8").max())
 
     def _check_again(self, kept: Kept) -> None:
         for snapshot, wanted in zip(kept.snapshots, kept.sums, strict=True):
@@ -284,6 +287,12 @@ class Crowd:
         for start, length in extents.tolist():
             a[start : start + length] = b[start : start + length] = bytes(length)
         assert a == b
+
+
+def _is_mixture(held: bytes, before: bytes, after: bytes) -> bool:
+    """Each byte is of one or the other."""
+    rows = [np.frombuffer(data, dtype=np.uint8) for data in (held, before, after)]
+    return bool(np.all((rows[0] == rows[1]) | (rows[0] == rows[2])))
 
 
 def _run(folder: Path, *, seconds: float, things: int) -> Crowd:

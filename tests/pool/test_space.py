@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from snapcore.errors import OutOfSpaceError, UsageError
+from snapcore.errors import NotFoundError, OutOfSpaceError, UsageError
 from snapcore.pool import Disk, Pool
 from tests.support.pools import BLOCK_BYTES, MIB, SMALL_LOG_BYTES, check_space
 
@@ -68,7 +68,7 @@ def test_what_was_overwritten_before_a_checkpoint_is_freed_after_a_crash(pool: P
 
 
 def test_a_block_that_was_freed_and_used_again_since_the_checkpoint_outlives_a_crash(tmp_path: Path) -> None:
-    """The log that is done again frees it, and uses it, and perhaps more than once: it is not punched out after that."""
+    """The log that is done again frees it, and uses it, perhaps more than once: it is not punched out after that."""
     path = tmp_path / "small"
     pool = Pool.create(path, limit_bytes=4 * MIB, background=False)
     disk = pool.create_disk("disk", 12 * MIB)
@@ -84,6 +84,40 @@ def test_a_block_that_was_freed_and_used_again_since_the_checkpoint_outlives_a_c
     with Pool.open(path, background=False) as again:
         check_space(again, 900)
         assert again.open_disk("disk").pread(900 * BLOCK, 2 * 4 * MIB) == rounds[-1]
+
+
+def test_blocks_of_a_deleted_snapshot_are_free_only_when_nobody_can_read_it(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its deletion is not durable no sweep takes it, and when one may, its readers are gone."""
+    disk = _filled(pool, "disk", 1)
+    snapshot = disk.snapshot()
+    disk.pwrite(b"b" * BLOCK, 0)
+    engine = pool._engine
+    commit, sweep = engine.commit, engine.sweep
+    seen: list[str] = []
+
+    def checked_commit(what: str) -> None:
+        assert snapshot.pread(1, 0) == b"a"
+        sweep()
+        assert snapshot.pread(1, 0) == b"a", "deleted, but not durably"
+        commit(what)
+        sweep()
+        assert snapshot.pread(1, 0) == b"a", "durable, but still read"
+        seen.append("commit")
+
+    def checked_sweep() -> None:
+        with pytest.raises(NotFoundError):
+            snapshot.pread(1, 0)
+        seen.append("sweep")
+        sweep()
+
+    monkeypatch.setattr(engine, "commit", checked_commit)
+    monkeypatch.setattr(engine, "sweep", checked_sweep)
+    snapshot.delete()
+    monkeypatch.undo()
+    assert seen == ["commit", "sweep"]
+    check_space(pool, 1)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
