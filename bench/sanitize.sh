@@ -42,8 +42,8 @@ export PYTHONDONTWRITEBYTECODE=1
 # What is tested is what was built here, and it is instrumented.
 "$python" - "$scratch" <<'CHECK'
 import sys
-from snapcore import digest, scan
-for kernel in (digest, scan):
+from snapcore import blockmap, digest, lz, scan, volume
+for kernel in (blockmap, digest, lz, scan, volume):
     assert kernel.__file__.startswith(sys.argv[1]), f"{kernel.__file__} is not the kernel that was built"
     with open(kernel.__file__, "rb") as file:
         code = file.read()
