@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore import DamagedError, Error
-from snapcore.pool import Pool
+from snapcore.pool import Disk, Pool, Snapshot
 from tests.support import hostile
 from tests.support.hostile import NAMES, Pieces, read_everything
 from tests.support.mediums import Unsynced
@@ -62,7 +63,7 @@ def right_or_error(folder: Path, expected: hostile.Contents) -> str:
         return type(error).__name__
     outcome = "right"
     try:
-        versions = {f"disk {disk.name}": disk for disk in pool.disks()}
+        versions: dict[str, Disk | Snapshot] = {f"disk {disk.name}": disk for disk in pool.disks()}
         versions |= {f"snapshot {snapshot.id}": snapshot for snapshot in pool.snapshots()}
         assert versions.keys() == expected.keys()
         for name, version in versions.items():
@@ -112,7 +113,8 @@ def works_or_error(folder: Path, expected: hostile.Contents) -> None:
 def flipped(pools: Pools, state: str, name: str, first: int, stride: int, *, work_every: int) -> dict[str, int]:
     """Flip each byte in turn; how often what came of it."""
     pieces, expected = pools.pieces(state), pools.contents[state]
-    whole, outcomes = pieces[name], {}
+    whole = pieces[name]
+    outcomes: dict[str, int] = {}
     folder = hostile.build(pieces, pools.folder / "flipped")
     dice = random.Random(first)
     path = folder / name
@@ -296,7 +298,7 @@ def test_what_a_catalog_says_of_images_opens_nothing_that_waits(pools: Pools) ->
         catalog = hostile.catalog_of(pieces)
         assert catalog is not None and catalog["backings"]
         catalog["backings"][0]["path"] = path
-        hostile.with_catalog(pieces, hostile.msgspec.msgpack.encode(catalog))
+        hostile.with_catalog(pieces, msgspec.msgpack.encode(catalog))
         pool = Pool.open(hostile.build(pieces, pools.folder / "images"), medium=Unsynced(), background=False)
         with pytest.raises(Error):
             pool.open_disk("over").pread(4096, 0)

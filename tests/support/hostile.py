@@ -342,7 +342,7 @@ def page_entries(pieces: Pieces, dice: random.Random) -> None:
             wanted = dice.choice((any_reference(block, dice), dice.choice(NUMBERS), dice.randrange(64)))
             filled = [at for at in range(8, len(body), 8) if any(body[at : at + 8])]
             places: list[int] = [8 + 8 * dice.randrange(128)]
-            if filled and dice.choice((True, False)):
+            if filled and dice.random() < 0.5:
                 places = [dice.choice(filled)]
             if how == 3:
                 places = [*range(8, len(body), 8)]
