@@ -110,6 +110,11 @@ cdef struct Runs:
     uint64_t pages
     int width
 
+# Runs that are not absent (width 3: position, count, entry), or in which two trees differ (width 2). 1 when there are
+# more than the limit, and `resume` says where.
+cdef int tree_runs(Pages *pages, uint64_t root, Runs *runs) noexcept nogil
+cdef int tree_difference(Pages *pages, uint64_t a, uint64_t b, Runs *runs) noexcept nogil
+
 # The highest level on whose border `first` lies such that all of its subtree lies below `last` and is the same for all
 # positions, or that of a single leaf page; 0 where it must be entry by entry. Negative: a failure.
 cdef int tree_fill_level(Pages *pages, uint64_t root, uint64_t first, uint64_t last) noexcept nogil

@@ -23,6 +23,7 @@ cdef enum:
     NOT_WRITABLE = -14
     BLOCK_OUTSIDE = -15
     DATA_LOST = -16
+    WOULD_WAIT = -17
 
 cdef enum:
     BLOCK_BYTES = 4096
@@ -112,8 +113,10 @@ cdef struct CoreState:
     uint64_t frozen_space_root
 
 
+# With `cached`, WOULD_WAIT instead of reading from a medium.
 cdef int volume_read(
-    CoreState *core, VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+    CoreState *core, VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached,
+    Trouble *trouble
 ) noexcept nogil
 
 cdef int volume_write(

@@ -748,6 +748,14 @@ cdef int _walk_runs(Pages *pages, int level, uint64_t ref, uint64_t base, Runs *
     return 0
 
 
+cdef int tree_runs(Pages *pages, uint64_t root, Runs *runs) noexcept nogil:
+    return _walk_runs(pages, LEVELS - 1, root, 0, runs)
+
+
+cdef int tree_difference(Pages *pages, uint64_t a, uint64_t b, Runs *runs) noexcept nogil:
+    return _walk_difference(pages, LEVELS - 1, a, b, 0, runs)
+
+
 cdef struct Tally:
     uint64_t blocks
     uint64_t other_blocks

@@ -16,7 +16,7 @@ A medium other than the operating system (a test's recorder) is called with the 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport EINTR, EIO, errno
+from libc.errno cimport EAGAIN, EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcpy, memset
@@ -45,8 +45,20 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
     #include <sys/stat.h>
+    #include <sys/uio.h>
     #include <time.h>
     #include <unistd.h>
+
+    /* Like pread, but EAGAIN for what would have to come from the medium; ENOTSUP where that cannot be asked. */
+    static ssize_t snapcore_pread_cached(int descriptor, void *data, size_t length, off_t offset) {
+    #if defined(__linux__) && defined(RWF_NOWAIT)
+        struct iovec part = {data, length};
+        return preadv2(descriptor, &part, 1, offset, RWF_NOWAIT);
+    #else
+        errno = ENOTSUP;
+        return -1;
+    #endif
+    }
 
     #if defined(__APPLE__)
     #define snapcore_mtime(status) ((status).st_mtimespec)
@@ -77,6 +89,7 @@ cdef extern from *:
         nanosleep(&time, NULL);
     }
     """
+    ssize_t snapcore_pread_cached(int descriptor, void *data, size_t length, off_t offset) noexcept nogil
     int snapcore_sync(int descriptor) noexcept nogil
     int snapcore_punch(int descriptor, off_t offset, off_t length) noexcept nogil
     int snapcore_status(int descriptor, unsigned long long *size, long long *mtime_ns) noexcept nogil
@@ -217,12 +230,19 @@ cdef int _punch_recorded(CoreState *core, uint64_t offset, uint64_t size_bytes) 
         return EIO
 
 
-cdef int _get(int descriptor, uint8_t *data, uint64_t size_bytes, uint64_t offset, uint64_t *got) noexcept nogil:
-    """Read all of it or up to the end of the file. Returns errno, or 0."""
+cdef int _get(
+    int descriptor, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached, uint64_t *got
+) noexcept nogil:
+    """Read all of it or up to the end of the file. Returns errno, or 0; `cached`: EAGAIN where it would wait."""
     cdef ssize_t part
     got[0] = 0
     while got[0] < size_bytes:
-        part = pread(descriptor, data + got[0], size_bytes - got[0], <off_t> (offset + got[0]))
+        if cached:
+            part = snapcore_pread_cached(descriptor, data + got[0], size_bytes - got[0], <off_t> (offset + got[0]))
+            if part < 0 and errno != EINTR:
+                return EAGAIN
+        else:
+            part = pread(descriptor, data + got[0], size_bytes - got[0], <off_t> (offset + got[0]))
         if part < 0:
             if errno == EINTR:
                 continue
@@ -707,7 +727,7 @@ cdef int core_commit(CoreState *core, Trouble *trouble) noexcept nogil:
 # Reading
 
 cdef int _read_backing(
-    VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+    VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached, Trouble *trouble
 ) noexcept nogil:
     cdef unsigned long long now_bytes = 0
     cdef long long mtime_ns = 0
@@ -718,7 +738,9 @@ cdef int _read_backing(
         return _trouble(trouble, BACKING_CHANGED, 0, offset)
     if volume.backing != NO_BACKING and offset < volume.backing_bytes:
         inside = min(size_bytes, volume.backing_bytes - offset)
-        code = _get(volume.backing, data, inside, offset, &got)
+        code = _get(volume.backing, data, inside, offset, cached, &got)
+        if cached and code == EAGAIN:
+            return _trouble(trouble, WOULD_WAIT, 0, offset)
         if code == 0:
             code = snapcore_status(volume.backing, &now_bytes, &mtime_ns)
         if code:
@@ -730,10 +752,12 @@ cdef int _read_backing(
 
 
 cdef int _read_data(
-    CoreState *core, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+    CoreState *core, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached, Trouble *trouble
 ) noexcept nogil:
     cdef uint64_t got
-    cdef int code = _get(core.data, data, size_bytes, offset, &got)
+    cdef int code = _get(core.data, data, size_bytes, offset, cached, &got)
+    if cached and code == EAGAIN:
+        return _trouble(trouble, WOULD_WAIT, 0, offset)
     if code or got < size_bytes:
         return _trouble(trouble, DATA_READ_FAILED, code, offset + got)
     return 0
@@ -741,7 +765,7 @@ cdef int _read_data(
 
 cdef int _read_entries(
     CoreState *core, VolumeState *volume, const uint64_t *entries, uint64_t first, uint8_t *data,
-    uint64_t start, uint64_t end, Trouble *trouble
+    uint64_t start, uint64_t end, bint cached, Trouble *trouble
 ) noexcept nogil:
     """Read bytes `start` to `end` of a volume, whose entries from block `first` on are given."""
     cdef uint64_t at = start
@@ -760,11 +784,11 @@ cdef int _read_entries(
                 break
             length = min(end, at + length + BLOCK_BYTES) - at
         if entry > LOST:
-            result = _read_data(core, data + (at - start), length, entry * BLOCK_BYTES + at % BLOCK_BYTES, trouble)
+            result = _read_data(core, data + (at - start), length, entry * BLOCK_BYTES + at % BLOCK_BYTES, cached, trouble)
         elif entry == LOST:
             return _trouble(trouble, DATA_LOST, 0, at)
         elif entry == ABSENT:
-            result = _read_backing(volume, data + (at - start), length, at, trouble)
+            result = _read_backing(volume, data + (at - start), length, at, cached, trouble)
         else:
             memset(data + (at - start), 0, length)
             result = 0
@@ -775,7 +799,8 @@ cdef int _read_entries(
 
 
 cdef int volume_read(
-    CoreState *core, VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+    CoreState *core, VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached,
+    Trouble *trouble
 ) noexcept nogil:
     cdef uint64_t entries[PART_BLOCKS + 1]
     cdef uint64_t at = offset
@@ -801,7 +826,7 @@ cdef int volume_read(
         __atomic_add_fetch(&core.readers[epoch], 1, __ATOMIC_SEQ_CST)
         __atomic_add_fetch(&volume.readers, 1, __ATOMIC_SEQ_CST)
         _unlock(core)
-        result = _read_entries(core, volume, entries, first, data + (at - offset), at, stop, trouble)
+        result = _read_entries(core, volume, entries, first, data + (at - offset), at, stop, cached, trouble)
         __atomic_add_fetch(&core.readers[epoch], -1, __ATOMIC_SEQ_CST)
         __atomic_add_fetch(&volume.readers, -1, __ATOMIC_SEQ_CST)
         at = stop
@@ -901,7 +926,7 @@ cdef int _write_edge(
     else:
         memset(block, 0, BLOCK_BYTES)
         result = _read_entries(
-            core, volume, old, position, block, position * BLOCK_BYTES, position * BLOCK_BYTES + whole, trouble
+            core, volume, old, position, block, position * BLOCK_BYTES, position * BLOCK_BYTES + whole, False, trouble
         )
         if result < 0:
             return result
@@ -1620,7 +1645,8 @@ cdef class Volume:
             if result == 0 and size_bytes:
                 with nogil:
                     result = volume_read(
-                        self.core.core, self.volume, <uint8_t *> view.buf, size_bytes, <uint64_t> offset, &trouble
+                        self.core.core, self.volume, <uint8_t *> view.buf, size_bytes, <uint64_t> offset, False,
+                        &trouble,
                     )
         finally:
             PyBuffer_Release(&view)
@@ -1641,7 +1667,7 @@ cdef class Volume:
                         result = _trouble(&trouble, OUT_OF_RANGE, 0, offsets[i])
                     else:
                         result = volume_read(
-                            self.core.core, self.volume, &buffers[i, 0], buffers.shape[1], offsets[i], &trouble
+                            self.core.core, self.volume, &buffers[i, 0], buffers.shape[1], offsets[i], False, &trouble
                         )
                     if result < 0:
                         break
