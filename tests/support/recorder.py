@@ -366,11 +366,13 @@ def _state(names: dict[str, int], contents: dict[int, bytes]) -> tuple[tuple[str
     return tuple(sorted(folders - {"."})), files
 
 
-def crashes(recorder: Recorder, samples: int, *, unread: str | None = None, seed: int = 0) -> Iterator[Crash]:
+def crashes(
+    recorder: Recorder, samples: int, *, unread: str | None = None, seed: int = 0, since: int = 0
+) -> Iterator[Crash]:
     """Every prefix of what was recorded, each with all, none and `samples` random parts of what was not durable.
 
     States that are equal in files and facts come once; what a file in the folder `unread` holds makes none.
-    What was noted before the first operation holds for all.
+    What was noted before the first operation holds for all. With `since`, only prefixes at least that long.
     """
     random_ = random.Random(seed)
     model = _Model(recorder.before)
@@ -387,7 +389,7 @@ def crashes(recorder: Recorder, samples: int, *, unread: str | None = None, seed
                 continue
             else:
                 model.do(operation)
-        if done < first:
+        if done < max(first, since):
             continue
         states = [("all", model.everything()), ("none", model.nothing())]
         states += [("some", model.something(random_)) for _ in range(samples)]
