@@ -638,13 +638,13 @@ cdef int _collect_under(
 # Walks that tell what is where
 
 cdef bint _continues(const int64_t *item, uint64_t start, uint64_t entry, int width) noexcept nogil:
-    if <uint64_t> (item[0] + item[1]) != start:
+    if <uint64_t> item[0] + <uint64_t> item[1] != start:
         return False
     if width == 2:
         return True
     if entry <= LOST:
         return <uint64_t> item[2] == entry
-    return item[2] > LOST and <uint64_t> (item[2] + item[1]) == entry
+    return item[2] > LOST and <uint64_t> item[2] + <uint64_t> item[1] == entry
 
 
 cdef int _add_run(Runs *runs, uint64_t position, uint64_t count, uint64_t entry) noexcept nogil:

@@ -16,7 +16,7 @@ from snapcore.errors import DamagedError
 from snapcore.persist import Medium
 from snapcore.pool import catalog as catalogs
 from snapcore.pool import events, journal, superblock
-from snapcore.pool.catalog import Catalog
+from snapcore.pool.catalog import MAX_ID, Catalog
 from snapcore.pool.checkpoint import KIND_BITMAP, PIECE_BLOCKS, Checkpointer, get_catalog
 from snapcore.pool.failures import OUT_OF_RANGE, typed
 from snapcore.pool.files import SLOT_BYTES, Files
@@ -225,8 +225,8 @@ def _check_event(event: events.Event, catalog: Catalog) -> None:
             kinds = [(version, "snapshot") for version in event.versions]
         case events.Sweep():
             kinds = [(event.version, "ghost")]
-    if any(number < catalog.next_id for number in new) or len({*new}) < len(new):
-        raise ValueError("a number is taken")
+    if not all(catalog.next_id <= number < MAX_ID for number in new) or len({*new}) < len(new):
+        raise ValueError("a number is taken, or is none")
     if any(catalog.versions[version].kind != kind for version, kind in kinds):
         raise ValueError("a version is of another kind")
 
@@ -259,6 +259,8 @@ def rebuild_state(files: Files, cache_bytes: int) -> Opened:
         raise typed(failure, files.folder, f"repairing the pool {files.folder}") from None
     with contextlib.suppress(DamagedError, Failure):
         _replay(versions, log, files.path("log"))
+    # A record that fits nothing may have been done in part.
+    catalogs.check(versions.catalog, files.path("log"))
     return Opened(versions, Checkpointer(files, block, refs), len(log.commits), damaged)
 
 

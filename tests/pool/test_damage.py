@@ -250,6 +250,9 @@ HOSTILE_RECORDS = {
         {"type": "disk", "disk": 900, "version": 901, "name": "x", "size_bytes": 4096, "created_ns": 0, "parent": 850}
     ),
     "a cut that is its own parent": hostile.event_record({"type": "cut", "cuts": [[1, 2, "x"]], "created_ns": 0}),
+    "a number beyond all": hostile.event_record(
+        {"type": "cut", "cuts": [[1, (1 << 64) - 1, "x"]], "created_ns": 0}
+    ),
     "two cuts of one number": hostile.event_record(
         {"type": "cut", "cuts": [[1, 900, "x"], [1, 900, "y"]], "created_ns": 0}
     ),
