@@ -1,4 +1,4 @@
-"""The transmission phase of the NBD protocol (github.com/NetworkBlockDevice/nbd, doc/proto.md), without the interpreter."""
+"""The transmission phase of the NBD protocol (NetworkBlockDevice/nbd, doc/proto.md), without the interpreter."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,9 +12,11 @@ class Export:
     volume : Volume or None
         None: `descriptor` is a raw file of `size_bytes`.
     make_room : callable or None
-        Called with the interpreter when a write found the log or the pool full: (result, errno) -> whether to try again.
+        Called when a write found the log or the pool full: (result, errno) -> whether to try again.
     writable : bool
     """
+
+    volume: Volume | None
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class Connection:
         idle_s: float = 0,
     ) -> None: ...
     def serve(self) -> str:
-        """Answer until the client disconnects, breaks the protocol, or `stop` is called; the interpreter is free meanwhile.
+        """Answer until the client disconnects or breaks the protocol, or `stop` is called.
 
         Returns
         -------

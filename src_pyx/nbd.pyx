@@ -2,7 +2,7 @@
 
 | request | who answers |
 | --- | --- |
-| READ that the page cache has, WRITE without FUA, BLOCK_STATUS | the connection's thread, at once; answers leave together |
+| READ of cached data, WRITE without FUA, BLOCK_STATUS | the connection's thread, at once; answers leave together |
 | everything else: it may wait for a medium | a worker of the connection |
 
 One thread receives. Workers are made when they are needed, eight at most. Nothing is allocated for a length that was
@@ -17,12 +17,12 @@ from posix.types cimport off_t
 from posix.unistd cimport pread, pwrite
 
 from snapcore.blockmap cimport (
-    ABSENT, LOST, NO_SPACE, ZERO, Pages, Runs, pages_trim, pthread_mutex_destroy, pthread_mutex_init,
+    NO_SPACE, ZERO, Pages, Runs, pages_trim, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, tree_difference, tree_runs,
 )
 from snapcore.volume cimport (
-    BLOCK_BYTES, DETACHED, LIMIT_REACHED, LOG_FULL, NOT_WRITABLE, OUT_OF_RANGE, WOULD_WAIT, WRITE_FAILED, CoreState,
-    Trouble, Volume, VolumeState, core_commit, pthread_cond_t, volume_read, volume_write, volume_zero,
+    BLOCK_BYTES, DETACHED, LIMIT_REACHED, LOG_FULL, NOT_WRITABLE, OUT_OF_RANGE, WOULD_WAIT, WRITE_FAILED, Trouble,
+    Volume, core_commit, pthread_cond_t, volume_read, volume_write, volume_zero,
 )
 
 cdef extern from "<pthread.h>" nogil:
@@ -408,7 +408,9 @@ cdef bint _add_extent(Extents *extents, uint64_t length, uint64_t state) noexcep
     return True
 
 
-cdef bint _add_gap(ExportState *target, bint allocation, Extents *extents, uint64_t start, uint64_t end) noexcept nogil:
+cdef bint _add_gap(
+    ExportState *target, bint allocation, Extents *extents, uint64_t start, uint64_t end
+) noexcept nogil:
     """What no run tells of: the image below, or nothing."""
     cdef uint64_t below = 0
     if not allocation:
@@ -567,8 +569,8 @@ cdef void _do_job(ConnectionState *connection, const Request *request) noexcept 
             size_bytes = _before_data(connection, out, request)
             code = _read(target, out + size_bytes, request.length, request.offset, False)
             if code == 0:
-                _send(connection, out, size_bytes + request.length)
                 count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
+                _send(connection, out, size_bytes + request.length)
                 free(out)
                 return
     elif request.kind == CACHE:
@@ -589,8 +591,8 @@ cdef void _do_job(ConnectionState *connection, const Request *request) noexcept 
     if code == 0 and (request.kind == FLUSH or request.flags & FLAG_FUA):
         code = _flush(target)
     size_bytes = _outcome(connection, small, request, code)
-    _send(connection, small, size_bytes)
     count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
+    _send(connection, small, size_bytes)
     if out != small:
         free(out)
 
@@ -666,7 +668,9 @@ cdef int _hand_over(ConnectionState *connection, const Request *request) noexcep
 
 # Requests
 
-cdef int _receive(ConnectionState *connection, uint8_t *data, uint64_t least, uint64_t most, uint64_t *got) noexcept nogil:
+cdef int _receive(
+    ConnectionState *connection, uint8_t *data, uint64_t least, uint64_t most, uint64_t *got
+) noexcept nogil:
     """Receive at least so many bytes."""
     cdef ssize_t part
     got[0] = 0

@@ -784,7 +784,9 @@ cdef int _read_entries(
                 break
             length = min(end, at + length + BLOCK_BYTES) - at
         if entry > LOST:
-            result = _read_data(core, data + (at - start), length, entry * BLOCK_BYTES + at % BLOCK_BYTES, cached, trouble)
+            result = _read_data(
+                core, data + (at - start), length, entry * BLOCK_BYTES + at % BLOCK_BYTES, cached, trouble
+            )
         elif entry == LOST:
             return _trouble(trouble, DATA_LOST, 0, at)
         elif entry == ABSENT:

@@ -32,8 +32,8 @@ RANK = {room: len(LAYERS) - number for number, rooms in enumerate(LAYERS) for ro
 # slots are taken and given up rightly is seen by what trees reach (tests/kernels/test_blockmap.py).
 WITHOUT_TWIN = {"populate", *(f"PageFile.{name}" for name in ("mark", "free_pages", "used_slots", "dirty"))}
 WITHOUT_TWIN |= {f"PageFile.{name}" for name in ("freeze", "written", "release")}
-# Classes whose twin is the model of a whole pool: a dict of blocks (tests/pool/test_model.py).
-MODELLED = {"Core", "Volume"}
+# Classes whose twin is the model of a whole pool: a dict of blocks (tests/pool/test_model.py), or an oracle of bytes.
+MODELLED = {"Core", "Volume", "Export", "Connection"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "src_pyx").glob("*.pyx"))

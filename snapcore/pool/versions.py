@@ -279,7 +279,7 @@ class Versions:
         catalog, pages = self.catalog, self.core.page_file
         inside, beside = catalog.part([version])
         needed = [self.root(other) for other in beside]
-        blocks, before = self._only_in([self.root(other) for other in inside], needed)
+        blocks, before = self._only_in(inside, needed)
         leaving = self._leaving(inside)
         gone = set(leaving)
         roots: dict[int, int] = {}
@@ -287,7 +287,7 @@ class Versions:
             for other in inside:
                 if other not in gone:
                     roots[other] = pages.prune(self.root(other), needed)
-            _, after = self._only_in([*roots.values()], needed)
+            after = self._pages_of(roots.values(), needed)
         except BaseException:
             self._give_up(roots, needed, before)
             raise
@@ -295,28 +295,36 @@ class Versions:
 
     def _give_up(self, roots: dict[int, int], needed: Sequence[int], before: npt.NDArray[np.uint64]) -> None:
         """Free pages that were made for a sweep that does not happen."""
-        _, made = self._only_in([*roots.values()], needed)
-        self.core.page_file.free_pages(np.setdiff1d(made, before))
+        self.core.page_file.free_pages(np.setdiff1d(self._pages_of(roots.values(), needed), before))
 
     def drop_plan(self, plan: SweepPlan, version: int) -> None:
         """A planned sweep does not happen."""
         inside, beside = self.catalog.part([version])
         needed = [self.root(other) for other in beside]
-        _, before = self._only_in([self.root(other) for other in inside], needed)
+        _, before = self._only_in(inside, needed)
         self._give_up(plan.roots, needed, before)
 
     def _only_in(
-        self, roots: Sequence[int], others: Sequence[int]
+        self, inside: Sequence[int], needed: Sequence[int]
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-        """Blocks and pages that these trees hold and none of the others, each once."""
+        """Blocks and pages that a part of ghosts holds and none of the needed trees, each once.
+
+        The ghosts that hold a block hang together, so it is told at the one whose parent does not hold it.
+        """
+        part = set(inside)
         blocks, pages = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]
-        seen = [*others]
-        for root in roots:
-            more_blocks, more_pages = self.core.page_file.exclusive(root, seen)
+        for version in inside:
+            parent = self.catalog.versions[version].parent
+            above = [self.root(parent)] if parent in part else []
+            more_blocks, more_pages = self.core.page_file.exclusive(self.root(version), [*needed, *above])
             blocks.append(more_blocks)
             pages.append(more_pages)
-            seen.append(root)
         return np.concatenate(blocks), np.concatenate(pages)
+
+    def _pages_of(self, roots: Iterable[int], needed: Sequence[int]) -> npt.NDArray[np.uint64]:
+        """Pages of these trees that none of the needed ones holds; some perhaps several times."""
+        pages = [self.core.page_file.exclusive(root, needed)[1] for root in roots]
+        return np.concatenate([np.empty(0, dtype=np.uint64), *pages])
 
     def _leaving(self, inside: Sequence[int]) -> list[int]:
         """Ghosts that have, or come to have, at most one child; in the order in which they can go."""
@@ -383,7 +391,7 @@ class Versions:
     def unique_blocks(self, versions: Iterable[int]) -> int:
         """How many blocks would be free if these versions were deleted."""
         inside, beside = self.catalog.part(versions)
-        blocks, _ = self._only_in([self.root(other) for other in inside], [self.root(other) for other in beside])
+        blocks, _ = self._only_in(inside, [self.root(other) for other in beside])
         return len(blocks)
 
 
