@@ -166,6 +166,18 @@ class Catalog:
             version = self.versions[version].parent
         return version
 
+    def families(self) -> dict[int, int]:
+        """The oldest ancestor of each version."""
+        found: dict[int, int] = {}
+        for version in self.versions:
+            way = []
+            while version not in found and self.versions[version].parent:
+                way.append(version)
+                version = self.versions[version].parent
+            oldest = found.setdefault(version, version)
+            found.update(dict.fromkeys(way, oldest))
+        return found
+
     def encode(self, roots: dict[int, int], slots: bytes) -> bytes:
         """As bytes; heads get the roots given."""
         versions = [

@@ -14,14 +14,14 @@ from typing_extensions import Buffer
 
 from snapcore import extents
 from snapcore.blockmap import Failure
-from snapcore.errors import NotFoundError, UsageError
+from snapcore.errors import Error, NotFoundError, UsageError
 from snapcore.extents import Extents
 from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
-from snapcore.pool.failures import BLOCK_BYTES, typed
+from snapcore.pool.failures import BLOCK_BYTES, LOG_FULL, typed
 from snapcore.pool.transfer import Exported
 from snapcore.progress import ProgressCallback
-from snapcore.volume import Volume
+from snapcore.volume import LogFull, Volume
 
 Result = TypeVar("Result")
 _RUNS = 1 << 16
@@ -96,6 +96,18 @@ class Readable:
     def size_bytes(self) -> int:
         """Its length."""
         return self._volume.size_bytes
+
+    @property
+    def volume(self) -> Volume:
+        """The kernel's side of it, for a server that reads and writes without the interpreter."""
+        return self._volume
+
+    def make_room(self, result: int, code: int) -> bool:
+        """For such a server, when a write of its failed with a result and an errno: whether it is worth another try."""
+        try:
+            return self._engine.retry((LogFull if result == LOG_FULL else Failure)(result, code, 0))
+        except (Error, Failure):
+            return False
 
     def _what(self) -> str:
         return f"{type(self).__name__.lower()} {self.name!r}"

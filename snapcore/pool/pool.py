@@ -608,6 +608,20 @@ class Pool:
                 runs, at = pages.difference(root, two._root(), at, last, _DIFF_RUNS)
             yield extents.clipped(runs * BLOCK_BYTES, start, end)
 
+    def relatives(self, ref: VersionRef) -> list[Snapshot]:
+        """All snapshots that `diff` can compare a version with: those of a common origin, oldest first."""
+        version = self._version(ref)
+        with self._reading() as catalog:
+            families = catalog.families()
+            own = families[_at(catalog, version)]
+            return [self._snapshot(record) for record in catalog.of_kind("snapshot") if families[record.id] == own]
+
+    def related(self, a: VersionRef, b: VersionRef) -> bool:
+        """Whether two versions are of a common origin."""
+        one, two = self._version(a), self._version(b)
+        with self._reading() as catalog:
+            return catalog.family(_at(catalog, one)) == catalog.family(_at(catalog, two))
+
     def _version(self, ref: VersionRef) -> Readable:
         if isinstance(ref, (Snapshot, Disk)):
             if ref.pool is not self:
