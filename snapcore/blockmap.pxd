@@ -54,6 +54,9 @@ cdef struct Pages:
     uint64_t generation
     uint64_t slots
     uint64_t free_slots
+    # Slots that are kept for checkpoints and sweeps, and whether one is at work.
+    uint64_t spare
+    int privileged
     uint64_t *used
     uint64_t next_slot
     Sheet *sheets

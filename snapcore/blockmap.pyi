@@ -60,6 +60,9 @@ class PageFile:
         used: npt.NDArray[np.uint64],
         cache_bytes: int,
     ) -> None: ...
+    spare: int
+    """Slots that only `put`, `prune` and the bitmap of space may take: a checkpoint needs no new space on the host."""
+
     slice_pages: int
     """How many pages `tally` and `exclusive` look at before they let others have the lock."""
 

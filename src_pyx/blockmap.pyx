@@ -132,21 +132,22 @@ cdef int _grow(Pages *pages, uint64_t slots) noexcept nogil:
 
 cdef int _reserve(Pages *pages, uint64_t count) noexcept nogil:
     """At least `count` free slots that the host has space for."""
-    cdef uint64_t slots
+    cdef uint64_t growth = GROWTH_SLOTS
     cdef int code
     while pages.free_slots < count:
-        slots = pages.slots + GROWTH_SLOTS
-        if slots > MAX_SLOTS:
+        if pages.slots + growth > MAX_SLOTS:
             return _fail(pages, NO_SPACE, ENOSPC, pages.slots)
-        code = snapcore_reserve(
-            pages.descriptor, <off_t> (pages.slots * SLOT_BYTES), <off_t> (GROWTH_SLOTS * SLOT_BYTES)
-        )
+        code = snapcore_reserve(pages.descriptor, <off_t> (pages.slots * SLOT_BYTES), <off_t> (growth * SLOT_BYTES))
         if code == EINTR:
+            continue
+        if code == ENOSPC and growth > SHEET_SLOTS:
+            # A host that is nearly full may have room for a few.
+            growth //= 4
             continue
         # EBADF: the map of a pool that is open for reading only grows in memory.
         if code not in (0, EOPNOTSUPP, ENOSYS, EINVAL, EBADF):
             return _fail(pages, NO_SPACE, code, pages.slots)
-        code = _grow(pages, slots)
+        code = _grow(pages, pages.slots + growth)
         if code < 0:
             return code
     return 0
@@ -290,7 +291,7 @@ cdef uint64_t page_new(Pages *pages, int kind, uint64_t **entries) noexcept nogi
     cdef Sheet *sheet
     cdef uint64_t *words
     cdef uint16_t bit
-    if _reserve(pages, 1) < 0:
+    if _reserve(pages, 1 if pages.privileged else 1 + pages.spare) < 0:
         return 0
     slot = _take_slot(pages)
     if slot == 0:
@@ -1074,6 +1075,17 @@ cdef class PageFile:
         return self.pages.free_slots
 
     @property
+    def spare(self):
+        return self.pages.spare
+
+    @spare.setter
+    def spare(self, uint64_t count):
+        with nogil:
+            pthread_mutex_lock(&self.pages.lock)
+        self.pages.spare = count
+        pthread_mutex_unlock(&self.pages.lock)
+
+    @property
     def slice_pages(self):
         return self.pages.slice_pages
 
@@ -1254,7 +1266,9 @@ cdef class PageFile:
         if count:
             with nogil:
                 self._enter()
+                self.pages.privileged = 1
                 result = _prune(self.pages, LEVELS - 1, root, &scratch[0], count, count + 1, &made, &pruned)
+                self.pages.privileged = 0
                 if result < 0:
                     for i in range(made.count):
                         page_free(self.pages, made.items[i])
@@ -1304,7 +1318,9 @@ cdef class PageFile:
             raise ValueError("a page holds 1 to 1,024 bytes")
         with nogil:
             self._enter()
+            self.pages.privileged = kind >= KIND_BITMAP
             ref = page_new(self.pages, kind, &entries)
+            self.pages.privileged = 0
             if ref:
                 memset(entries, 0, SLOT_BYTES - HEADER_BYTES)
                 memcpy(entries, &payload[0], payload.shape[0])

@@ -685,7 +685,7 @@ cdef bint _any_used(CoreState *core, uint64_t piece) noexcept nogil:
     return False
 
 
-cdef int _freeze_space(CoreState *core, Trouble *trouble) noexcept nogil:
+cdef int _put_pieces(CoreState *core, Trouble *trouble) noexcept nogil:
     """Pages for the pieces of the bitmap that changed."""
     cdef uint64_t piece
     cdef uint64_t old, ref
@@ -718,6 +718,15 @@ cdef int _freeze_space(CoreState *core, Trouble *trouble) noexcept nogil:
             page_free(core.pages, old)
         core.pieces_changed[piece] = 0
     return 0
+
+
+cdef int _freeze_space(CoreState *core, Trouble *trouble) noexcept nogil:
+    """The same, out of the slots that are kept for it."""
+    cdef int result
+    core.pages.privileged = 1
+    result = _put_pieces(core, trouble)
+    core.pages.privileged = 0
+    return result
 
 
 cdef int core_commit(CoreState *core, Trouble *trouble) noexcept nogil:

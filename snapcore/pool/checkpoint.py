@@ -32,6 +32,9 @@ PIECE_BLOCKS = 8192
 _FIRST_SLOT = 3
 _PIECE_BYTES = 1016
 _WRITE_SLOTS = 1000
+_PAGE_ENTRIES = 128
+# For the ways to what a sweep prunes, and to pieces of the bitmap.
+_SPARE_SLOTS = 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -72,6 +75,11 @@ class Checkpointer:
         self.superblock = superblock
         self.catalog_refs = catalog_refs
         self.written_bytes = 0
+
+    def keep_back(self, core: Core) -> None:
+        """Keep the slots back that a checkpoint takes beside those of changed trees: for the catalog and the bitmap."""
+        pieces = core.end_blocks // PIECE_BLOCKS + 1
+        core.page_file.spare = 2 * len(self.catalog_refs) + pieces + pieces // _PAGE_ENTRIES + _SPARE_SLOTS
 
     def freeze(self, versions: Versions) -> Frozen:
         """Begin; the caller holds the lock of versions."""
@@ -114,6 +122,7 @@ class Checkpointer:
         pages.free_pages(np.array(self.catalog_refs, dtype=np.uint64))
         core.release(frozen.log_next)
         self.superblock, self.catalog_refs = superblock, refs
+        self.keep_back(core)
 
     def reopen(self, versions: Versions) -> None:
         """Say that the pool is in use, before anything is logged: what the log holds counts from now on."""

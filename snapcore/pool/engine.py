@@ -52,6 +52,7 @@ class Engine:
         self._keeper: threading.Thread | None = None
         self._closed = False
         if not read_only:
+            self.checkpointer.keep_back(self.core)
             self._begin(opened)
             if background:
                 self._keeper = threading.Thread(target=self._keep, name="snapcore-pool", daemon=True)
@@ -218,6 +219,11 @@ class Engine:
             self.commit("making room")
             core.reclaim()
             return waiting or core.used_blocks + core.held_blocks < taken
+        if failure.result == MAP_NO_SPACE:
+            free_slots = self.core.page_file.free_slots
+            self.sweep()
+            self.checkpoint()
+            return self.core.page_file.free_slots > free_slots
         return False
 
     def sweep(self) -> None:

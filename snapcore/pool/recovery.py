@@ -69,11 +69,13 @@ def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False) -> 
 def _load(files: Files, block: Superblock, log: journal.Journal, cache_bytes: int) -> tuple[Versions, list[int]]:
     """The state of the checkpoint."""
     catalog, refs, slots = _load_catalog(files, block, cache_bytes)
-    used = _words(slots, block.slots)
+    # What the file has behind the last used slot is there to be used: a full host may give no more.
+    count = max(block.slots, os.fstat(files.map).st_size // SLOT_BYTES)
+    used = _words(slots, count)
     for ref in refs:
         slot = ref & _SLOT_MASK
         used[slot >> 6] |= np.uint64(1 << (slot & 63))
-    pages = PageFile(files.map, block.seed, _next_generation(block), block.slots, used, cache_bytes)
+    pages = PageFile(files.map, block.seed, _next_generation(block), count, used, cache_bytes)
     core = _core(files, pages, block, log, _space(files, pages, block), block.space_root)
     return Versions(catalog, core, writable=not files.read_only), refs
 

@@ -512,7 +512,6 @@ def test_the_limit_of_a_pool_stops_writes_that_need_space_and_nothing_else(folde
     pool.close()
 
 
-@pytest.mark.xfail(strict=True, reason="no slots are kept back for a checkpoint: docs/DESIGN.md, Space")
 def test_a_checkpoint_and_deletions_need_no_new_space_even_when_the_map_has_no_free_slot(folder: Path) -> None:
     image = folder / "image"
     image.touch()
