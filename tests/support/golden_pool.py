@@ -1,0 +1,39 @@
+"""The content of the golden pool: the same on every machine and in every version."""
+
+from __future__ import annotations
+
+import random
+
+from snapcore.pool import Pool
+
+BLOCK = 4096
+SIZE = 64 * BLOCK + 777
+
+
+def fill(pool: Pool) -> None:
+    """Make versions of every kind: heads, snapshots, a group, a clone's ghost, a rollback."""
+    source = random.Random(20261122)
+    one = pool.create_disk("one", SIZE)
+    two = pool.create_disk("two", 2 * SIZE)
+    for disk in (one, two):
+        for block in source.sample(range(64), 9):
+            disk.pwrite(source.randbytes(BLOCK), block * BLOCK)
+    one.pwrite(b"the end", SIZE - 7)
+    pool.snapshot_group([one, two], "both")
+    one.pwrite(b"in the middle of a block", 5 * BLOCK + 100)
+    one.discard(0, 3 * BLOCK)
+    one.snapshot("later")
+    clone = one.clone("clone")
+    clone.pwrite(source.randbytes(2 * BLOCK), 20 * BLOCK)
+    one.pwrite(source.randbytes(BLOCK), 30 * BLOCK)
+    pool.snapshot("later").delete()
+    two.pwrite(b"lost", 0)
+    two.rollback("both")
+    two.pwrite(b"kept", BLOCK)
+    pool.create_disk("from a snapshot", source=pool.snapshots(one)[0])
+
+
+def contents(pool: Pool) -> dict[str, bytes]:
+    """What every version holds."""
+    versions = [*pool.disks(), *pool.snapshots()]
+    return {f"{version.id} {version.name}": version.pread(version.size_bytes, 0) for version in versions}
