@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         Usage,
         Verified,
     )
+    from snapcore.server import NbdServer
     from snapcore.source import Source
     from snapcore.source.compare import diff_images
     from snapcore.store import LocalStore, MemoryStore, Store
@@ -62,6 +63,7 @@ __all__ = [
     "Manifest",
     "MemoryStore",
     "MissingObjectError",
+    "NbdServer",
     "NotFoundError",
     "OutOfSpaceError",
     "Pool",

@@ -8,8 +8,9 @@ import click
 
 from snapcore.version import VERSION
 
-# A command, or a group of them, is an object of the same name in the file of that name beside this one.
-COMMANDS = ("demo", "diff", "disk", "group", "pool", "repo", "restore", "snapshot", "verify")
+# A command, or a group of them, is an object of the same name in the file of that name beside this one, where a hyphen
+# becomes an underscore.
+COMMANDS = ("demo", "diff", "disk", "group", "nbd-mount", "pool", "repo", "restore", "serve", "snapshot", "verify")
 
 
 class _Commands(click.Group):
@@ -21,7 +22,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"snapcore.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"snapcore.cli.{name}"), name)
         return command
 
 

@@ -34,7 +34,8 @@ MAX_SKIPPED_BYTES = 1 << 20
 MAX_OPTIONS = 1024
 MAX_CONTEXTS = 16
 
-_ALL_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+# A plain number: the complement of an IntFlag has no bit that has no name.
+_ALL_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 _NOT_IN_STRINGS = "\0"
 
 Entered_co = TypeVar("Entered_co", covariant=True)
@@ -260,13 +261,12 @@ class Handshake(Generic[Entered]):
         name = fields.string()
         wanted = set(fields.numbers(fields.number(">H")))
         fields.end()
-        if self._contexts_of != name:
-            self._contexts, self._contexts_of = (), None
         facts = self._asked(lambda: self._exports.facts(name))
         if option == Option.INFO:
             self._stream.send(self._described(option, facts, name, wanted) + _packed_reply(option, Reply.ACK))
             return None
-        entered = self._asked(lambda: self._exports.enter(name, self._contexts))
+        contexts = self._contexts_for(name)
+        entered = self._asked(lambda: self._exports.enter(name, contexts))
         try:
             # As it is now: it may have grown since.
             facts = self._asked(lambda: self._exports.facts(name))
@@ -274,7 +274,11 @@ class Handshake(Generic[Entered]):
         except BaseException:
             self._exports.leave(entered)
             raise
-        return Negotiated(name, self._structured, self._extended, self._contexts, entered)
+        return Negotiated(name, self._structured, self._extended, contexts, entered)
+
+    def _contexts_for(self, name: str) -> tuple[tuple[int, str], ...]:
+        """They were set for one export, and mean nothing for another."""
+        return self._contexts if self._contexts_of == name else ()
 
     def _described(self, option: int, facts: Facts, name: str, wanted: set[int]) -> bytes:
         parts = [struct.pack(">HQH", Info.EXPORT, facts.size_bytes, self._flags(facts))]
@@ -301,9 +305,8 @@ class Handshake(Generic[Entered]):
             raise EndedError("the client chose an export without TLS, which this server wants")
         try:
             name = _text(raw)
-            if self._contexts_of != name:
-                self._contexts = ()
-            entered = self._asked(lambda: self._exports.enter(name, self._contexts))
+            contexts = self._contexts_for(name)
+            entered = self._asked(lambda: self._exports.enter(name, contexts))
         except _RefusedError as error:
             raise EndedError(str(error)) from None
         try:
@@ -316,7 +319,7 @@ class Handshake(Generic[Entered]):
         except BaseException:
             self._exports.leave(entered)
             raise
-        return Negotiated(name, self._structured, self._extended, self._contexts, entered)
+        return Negotiated(name, self._structured, self._extended, contexts, entered)
 
     def _meta_context(self, option: int, data: bytes) -> None:
         setting = option == Option.SET_META_CONTEXT

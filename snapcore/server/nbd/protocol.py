@@ -38,9 +38,9 @@ class Option(IntEnum):
     INFO = 6
     GO = 7
     STRUCTURED_REPLY = 8
-    LIST_META_CONTEXT = 10
-    SET_META_CONTEXT = 11
-    EXTENDED_HEADERS = 12
+    LIST_META_CONTEXT = 9
+    SET_META_CONTEXT = 10
+    EXTENDED_HEADERS = 11
 
 
 class Reply(IntEnum):
