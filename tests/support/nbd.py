@@ -68,7 +68,11 @@ class Peer:
     def __init__(self, address: Path | tuple[str, int], *, timeout_s: float = 30) -> None:
         self.socket = socket.socket(socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET)
         self.socket.settimeout(timeout_s)
-        self.socket.connect(str(address) if isinstance(address, Path) else address)
+        try:
+            self.socket.connect(str(address) if isinstance(address, Path) else address)
+        except OSError:
+            self.socket.close()
+            raise
 
     def __enter__(self) -> Peer:
         return self
