@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
 import socket
 import struct
+import subprocess
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
+from snapcore.server import NbdServer
 from snapcore.server.nbd.protocol import NBD_MAGIC, OPTION_MAGIC, REPLY_MAGIC, HandshakeFlag, Option, Reply
+from tests.support.tools import needs
+
+# Of the disk that tests serve.
+SIZE_BYTES = 8 << 20
+EPERM = 1
+Serve = Callable[..., "Served"]
 
 GREETING = struct.pack(">QQH", NBD_MAGIC, OPTION_MAGIC, 3)
 BOTH = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
@@ -139,3 +154,56 @@ class Peer:
     def write(self, offset: int, data: bytes, *, flags: int = 0) -> int:
         """Returns the error."""
         return self.request(WRITE, offset, len(data), flags=flags, data=data)
+
+
+class Served:
+    """A running server on a Unix socket, and what it told."""
+
+    def __init__(self, server: NbdServer, path: Path, events: list[Any]) -> None:
+        self.server = server
+        self.path = path
+        self.events = events
+
+    def uri(self, name: str = "") -> str:
+        """Of an export."""
+        return f"nbd+unix:///{quote(name, safe='')}?socket={self.path}"
+
+
+def shown(peer: Peer) -> dict[str, str]:
+    """What a list shows: names and descriptions."""
+    peer.send(option(Option.LIST))
+    found = {}
+    while (answer := peer.answer()).reply == Reply.SERVER:
+        length = int.from_bytes(answer.data[:4])
+        found[answer.data[4 : 4 + length].decode()] = answer.data[4 + length :].decode()
+    assert answer.reply == Reply.ACK
+    return found
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Waits for what another thread will do; fails when it does not."""
+    ticks = threading.Event()
+    for _ in range(3000):
+        if true():
+            return
+        ticks.wait(0.01)
+    raise AssertionError("it did not happen")
+
+
+def refusal(peer: Peer, name: str) -> int:
+    """What `go` to a name gets."""
+    peer.send(go(name))
+    return peer.answer().reply
+
+
+def nbdsh(*words: str) -> None:
+    """Python with libnbd: that of the system, to which the module belongs."""
+    needs("nbdsh")
+    program = shutil.which("nbdsh")
+    assert program is not None
+    path = os.pathsep.join((os.path.dirname(program), os.environ.get("PATH", os.defpath)))
+    call = functools.partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    if call([program, "-c", "pass"]).returncode != 0:
+        needs("nbdsh with python3-libnbd")
+    done = call([program, *words], timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,8 @@ import pytest
 
 from snapcore.pool import Disk, Pool
 from snapcore.server import NbdServer
+from tests.support.nbd import SIZE_BYTES, Serve, Served
 from tests.support.pools import MIB, quick_folder
-
-SIZE_BYTES = 8 * MIB
-Serve = Callable[..., "Served"]
-
-
-class Served:
-    """A running server on a Unix socket, and what it told."""
-
-    def __init__(self, server: NbdServer, path: Path, events: list[Any]) -> None:
-        self.server = server
-        self.path = path
-        self.events = events
-
-    def uri(self, name: str = "") -> str:
-        """Of an export."""
-        from urllib.parse import quote
-
-        return f"nbd+unix:///{quote(name, safe='')}?socket={self.path}"
 
 
 @pytest.fixture

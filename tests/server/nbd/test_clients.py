@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -16,8 +14,8 @@ import pytest
 
 from snapcore.pool import Disk, Pool
 from snapcore.server import NbdServer
-from tests.server.nbd.conftest import SIZE_BYTES, Serve, Served
 from tests.support.loop import loop_device, mounted
+from tests.support.nbd import SIZE_BYTES, Serve, Served, nbdsh
 from tests.support.pools import MIB, check_space
 from tests.support.tools import needs
 
@@ -32,19 +30,6 @@ def run(*words: str | Path, stdin: str = "") -> str:
     )
     assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
-
-
-def nbdsh(*words: str) -> None:
-    """Python with libnbd: that of the system, to which the module belongs."""
-    needs("nbdsh")
-    program = shutil.which("nbdsh")
-    assert program is not None
-    path = os.pathsep.join((os.path.dirname(program), os.environ.get("PATH", os.defpath)))
-    call = functools.partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"PATH": path})
-    if call([program, "-c", "pass"]).returncode != 0:
-        needs("nbdsh with python3-libnbd")
-    done = call([program, *words], timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def qemu_uri(served: Served, name: str) -> str:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,44 +18,26 @@ from snapcore.pool import Disk, Pool
 from snapcore.server import NbdServer
 from snapcore.server.nbd import listening
 from snapcore.server.nbd.protocol import Option, Reply
-from tests.server.nbd.conftest import SIZE_BYTES, Serve
 from tests.support.nbd import (
     DISCONNECT,
+    EPERM,
     FUA,
     GREETING,
+    SIZE_BYTES,
     WRITE,
     WRITE_ZEROES,
     Peer,
+    Serve,
     contexts,
+    eventually,
     flags,
     go,
     option,
+    refusal,
+    shown,
     string,
 )
 from tests.support.pools import MIB
-
-EPERM, EINVAL = 1, 22
-
-
-def shown(peer: Peer) -> dict[str, str]:
-    """What a list shows: names and descriptions."""
-    peer.send(option(Option.LIST))
-    found = {}
-    while (answer := peer.answer()).reply == Reply.SERVER:
-        length = int.from_bytes(answer.data[:4])
-        found[answer.data[4 : 4 + length].decode()] = answer.data[4 + length :].decode()
-    assert answer.reply == Reply.ACK
-    return found
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    """Waits for what another thread will do; fails when it does not."""
-    ticks = threading.Event()
-    for _ in range(3000):
-        if true():
-            return
-        ticks.wait(0.01)
-    raise AssertionError("it did not happen")
 
 
 def sent_before_failing(peer: Peer, parts: list[bytes], *, pause_s: float = 0) -> int:
@@ -69,12 +50,6 @@ def sent_before_failing(peer: Peer, parts: list[bytes], *, pause_s: float = 0) -
             return number
         ticks.wait(pause_s)
     return len(parts)
-
-
-def refusal(peer: Peer, name: str) -> int:
-    """What `go` to a name gets."""
-    peer.send(go(name))
-    return peer.answer().reply
 
 
 # What names mean
