@@ -70,6 +70,7 @@ cdef struct CoreState:
     int log
     uint64_t seed
     int failed
+    int closed
     VolumeState *volumes
     Operation operations[MAX_OPERATIONS]
     uint64_t active

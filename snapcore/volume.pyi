@@ -80,6 +80,8 @@ class Core:
     def reclaimable(self) -> bool: ...
     def stop(self, code: int) -> None:
         """Write nothing any more, for the reason `code` (errno)."""
+    def close(self) -> None:
+        """Use the files no more: volumes are detached, those that come too, and what is under way is waited for."""
     def append_event(self, payload: Buffer) -> None:
         """Add an EVENT record to the buffer."""
     def commit(self) -> None:

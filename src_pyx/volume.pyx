@@ -97,6 +97,7 @@ cdef extern from *:
     int __atomic_add_fetch(int *target, int value, int order) noexcept nogil
     int __atomic_load_n(int *target, int order) noexcept nogil
     int __ATOMIC_SEQ_CST
+    int ESHUTDOWN
     # Read without the mutex too.
     uint64_t load_size "__atomic_load_n"(uint64_t *target, int order) noexcept nogil
     void store_size "__atomic_store_n"(uint64_t *target, uint64_t value, int order) noexcept nogil
@@ -462,6 +463,9 @@ cdef int _reclaim(CoreState *core) noexcept nogil:
     _lock(core)
     while core.reclaiming:
         pthread_cond_wait(&core.changed, &core.pages.lock)
+    if core.closed:
+        _unlock(core)
+        return 0
     core.reclaiming = 1
     runs = core.freed_durable
     memset(&core.freed_durable, 0, sizeof(Numbers))
@@ -727,6 +731,17 @@ cdef int _freeze_space(CoreState *core, Trouble *trouble) noexcept nogil:
     result = _put_pieces(core, trouble)
     core.pages.privileged = 0
     return result
+
+
+cdef bint _detach_all(CoreState *core) noexcept nogil:
+    """Let nobody read or write any more; whether somebody still writes."""
+    cdef VolumeState *volume = core.volumes
+    cdef bint busy = False
+    while volume != NULL:
+        volume.attached = 0
+        busy = busy or volume.inside > 0
+        volume = volume.next
+    return busy
 
 
 cdef int core_commit(CoreState *core, Trouble *trouble) noexcept nogil:
@@ -1338,6 +1353,21 @@ cdef class Core:
             pthread_cond_broadcast(&self.core.changed)
             _unlock(self.core)
 
+    def close(self):
+        cdef int i
+        with nogil:
+            _lock(self.core)
+            self.core.closed = 1
+            if self.core.failed == 0:
+                self.core.failed = ESHUTDOWN
+            pthread_cond_broadcast(&self.core.changed)
+            while self.core.committing or self.core.reclaiming or _detach_all(self.core):
+                pthread_cond_wait(&self.core.changed, &self.core.pages.lock)
+            _unlock(self.core)
+            for i in range(2):
+                while __atomic_load_n(&self.core.readers[i], __ATOMIC_SEQ_CST):
+                    snapcore_pause()
+
     def append_event(self, const uint8_t[::1] payload not None):
         cdef uint64_t padded = (payload.shape[0] + 7) // 8 * 8
         cdef uint8_t *at
@@ -1432,17 +1462,21 @@ cdef class Core:
             raise MemoryError
 
     def used_bitmap(self):
-        with nogil:
-            _lock(self.core)
-        try:
-            out = np.zeros(self.core.capacity // 64, dtype=np.uint64)
-            self._copy_used(out)
-            return out
-        finally:
-            _unlock(self.core)
-
-    def _copy_used(self, uint64_t[::1] out):
-        memcpy(&out[0], self.core.used, self.core.capacity // 8)
+        cdef uint64_t[::1] view
+        cdef uint64_t words = 0
+        # Made without the mutex: the collector may free a volume then, which takes it.
+        while words != self._peek(&self.core.capacity) // 64:
+            words = self._peek(&self.core.capacity) // 64
+            out = np.zeros(words, dtype=np.uint64)
+            view = out
+            with nogil:
+                _lock(self.core)
+                if words == self.core.capacity // 64:
+                    memcpy(&view[0], self.core.used, words * 8)
+                else:
+                    words = 0
+                _unlock(self.core)
+        return out
 
     def close_gates(self, volumes):
         cdef Volume volume
@@ -1552,9 +1586,9 @@ cdef class Volume:
         self.volume.backing = backing
         self.volume.backing_bytes = backing_bytes
         self.volume.backing_mtime_ns = backing_mtime_ns
-        self.volume.attached = 1
         with nogil:
             _lock(core.core)
+        self.volume.attached = not core.core.closed
         self.volume.next = core.core.volumes
         core.core.volumes = self.volume
         _unlock(core.core)

@@ -84,6 +84,8 @@ def check(path: str | os.PathLike[str], *, repair: bool = False, medium: Medium 
         opened = _open(opened_files, found, repair=repair)
         if opened is None:
             return found
+        # Of images only their names are of interest.
+        opened.versions.close()
         found.problems += [
             f"the copy of the superblock at offset {offset} is damaged; the other one counts"
             for offset in opened.damaged_copies

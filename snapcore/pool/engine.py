@@ -95,6 +95,7 @@ class Engine:
     def still(self, versions: Iterable[int], what: str = "") -> Iterator[None]:
         """Hold versions still, and writers to heads among them: their roots stay good while a walk uses them."""
         with self.reading(what):
+            self._check_open(what or "looking at a map")
             gates = self.versions.heads_beside(versions)
             self.core.close_gates(gates)
             try:
@@ -107,6 +108,8 @@ class Engine:
         what: str,
         prepare: Callable[[Catalog], tuple[events.Event, Sequence[int], Result]],
         settle: Callable[[Result], None] | None = None,
+        *,
+        hold: bool = False,
     ) -> Result:
         """Change versions durably.
 
@@ -119,12 +122,33 @@ class Engine:
             when the log was full.
         settle : callable, optional
             Gets the result when the change is durable, before anybody may sweep what it made a ghost.
+        hold : bool
+            Writers wait until the change is durable: what they write in place would outlive a crash that undoes it.
         """
+        held: list[Volume] = []
+        try:
+            return self._change(what, prepare, settle, held if hold else None)
+        finally:
+            self.core.open_gates(held)
+
+    def _change(
+        self,
+        what: str,
+        prepare: Callable[[Catalog], tuple[events.Event, Sequence[int], Result]],
+        settle: Callable[[Result], None] | None,
+        held: list[Volume] | None,
+    ) -> Result:
+        """What `change` does. Gates that stay closed are added to `held`."""
         for _ in range(_TRIES):
             with self._lock:
+                self._check_open(what)
                 event, disks, result = prepare(self.catalog)
                 ghosts = self._ghosts_of(event)
-                if self._log_and_apply(event, [self.versions.volume_of(disk) for disk in disks], what):
+                volumes = [self.versions.volume_of(disk) for disk in disks]
+                if held is not None:
+                    self.core.close_gates(volumes)
+                    held += volumes
+                if self._log_and_apply(event, volumes, what):
                     self._fresh_ghosts |= ghosts
                     break
             self.checkpoint()
@@ -162,8 +186,7 @@ class Engine:
 
     def commit(self, what: str) -> None:
         """Everything that was done before is durable."""
-        if self._closed:
-            raise NotFoundError(f"{what}: the pool {self.folder} is closed")
+        self._check_open(what)
         for _ in range(_TRIES):
             try:
                 self.core.commit()
@@ -175,10 +198,15 @@ class Engine:
                 return
         raise StoreError(f"{what}: the log of {self.folder} is full each time; try again when less is written")
 
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise NotFoundError(f"{what}: the pool {self.folder} is closed")
+
     def checkpoint(self, *, clean: bool = False) -> None:
         """Bring the map file up to date; the log begins anew."""
         what = f"writing a checkpoint of the pool {self.folder}"
         with self._checkpoint_lock:
+            self._check_open(what)
             try:
                 with self._lock:
                     frozen = self.checkpointer.freeze(self.versions)
@@ -243,7 +271,7 @@ class Engine:
     def _sweep_all(self) -> bool:
         """False when the log is full."""
         with self._lock:
-            while version := self._next_to_sweep():
+            while not self._closed and (version := self._next_to_sweep()):
                 inside, beside = self.catalog.part([version])
                 gates = self.versions.heads_beside([*inside, *beside])
                 self.core.close_gates(gates)
@@ -290,20 +318,25 @@ class Engine:
         self._stop.set()
         if self._keeper is not None:
             self._keeper.join()
-        for volume in [*self.versions.volumes.values()]:
-            volume.detach()
-        try:
-            if not self.read_only and not self.core.failed:
-                self.sweep()
-                self.checkpoint(clean=True)
-        finally:
-            self.abandon()
+        # Nothing may come behind the last checkpoint, which says that the log holds nothing.
+        with self._checkpoint_lock, self._lock:
+            for volume in [*self.versions.volumes.values()]:
+                volume.detach()
+            try:
+                if not self.read_only and not self.core.failed:
+                    self.sweep()
+                    self.checkpoint(clean=True)
+            finally:
+                self.abandon()
 
     def abandon(self) -> None:
         """Let go of the files without writing anything, as a crash would."""
         self._stop.set()
         if self._keeper is not None:
             self._keeper.join()
-        self._closed = True
-        self.versions.close()
-        self.files.close()
+        with self._checkpoint_lock, self._lock:
+            self._closed = True
+            # Descriptors may be another file's from here on.
+            self.core.close()
+            self.versions.close()
+            self.files.close()

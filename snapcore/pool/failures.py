@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from snapcore.blockmap import Failure
@@ -82,6 +83,8 @@ def _write_failed(case: _Case) -> Error:
 
 
 def _stopped(case: _Case) -> Error:
+    if case.code == errno.ESHUTDOWN:
+        return NotFoundError(f"{case.what}: the pool {case.folder} is closed")
     if case.code == _NOT_CONSISTENT:
         return DamagedError(
             f"{case.what}: the pool {case.folder} has stopped writing: its map frees what is free already; "

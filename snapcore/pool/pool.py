@@ -146,7 +146,11 @@ class Pool:
         opened_files = files.open_files(os.fspath(path), medium or Medium(), read_only=read_only)
         try:
             opened = recovery.open_state(opened_files, cache_bytes)
-            return cls(Engine(opened_files, opened, read_only=read_only, background=background))
+            try:
+                return cls(Engine(opened_files, opened, read_only=read_only, background=background))
+            except BaseException:
+                opened.versions.close()
+                raise
         except OSError as error:
             opened_files.close()
             raise from_os_error(error, f"opening the pool {os.fspath(path)}") from error
@@ -166,8 +170,6 @@ class Pool:
         """Flush, write a checkpoint and let go. Reads and writes that are under way are waited for."""
         if not self._closed:
             self._closed = True
-            for snapshot in self._readers.values():
-                snapshot._volume.detach()
             self._engine.close()
 
     @property
@@ -333,6 +335,8 @@ class Pool:
             found = backing_of(path, number)
         except OSError as error:
             raise from_os_error(error, f"opening the image {path}") from error
+        if not _is_text(found.path):
+            raise UsageError(f"{found.path!r} cannot be under a disk: its name is no UTF-8; rename or import it")
         if not os.path.isfile(path) or not found.size_bytes:
             raise UsageError(
                 f"{path} cannot be under a disk: it is no regular file, or an empty one; import it instead"
@@ -340,7 +344,7 @@ class Pool:
         return found
 
     def _check_new_name(self, catalog: Catalog, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not _is_name(name):
             raise UsageError(f"{name!r} is no name for a disk: a letter first, at most 128 characters, no slash")
         if any(record.name == name for record in catalog.disks.values()):
             raise ExistsError(f"there is a disk {name!r} in {self.path} already; choose another name")
@@ -430,7 +434,7 @@ class Pool:
         self._writable(what)
         if not 1 <= len(found) <= MAX_GROUP or len({disk.id for disk in found}) < len(found):
             raise UsageError(f"a group has 1 to {MAX_GROUP} disks, each once")
-        if name is not None and not _NAME.fullmatch(name):
+        if name is not None and not _is_name(name):
             raise UsageError(f"{name!r} is no name for a snapshot: a letter first, at most 128 characters, no slash")
 
         def prepare(catalog: Catalog) -> tuple[events.Event, list[int], list[int]]:
@@ -510,8 +514,8 @@ class Pool:
             size = _checked_size(disk.name, size_bytes, least, "itself: disks only grow")
             return events.Resize(number, size), [number], None
 
-        # Behind the old end the last block holds zeros: nobody could write there.
-        self._engine.change(f"resizing disk {disk.name!r}", prepare)
+        # Behind the old end the last block holds zeros: nobody could write there, not even before a crash.
+        self._engine.change(f"resizing disk {disk.name!r}", prepare, hold=True)
 
     def rename_disk(self, disk: Disk, name: str) -> None:
         """Give a disk another name; its snapshots remember the one that it had."""
@@ -684,6 +688,15 @@ class Pool:
             holders = sorted(self._holders.get(disk, ()))
         if holders:
             raise BusyError(f"{doing}: it is in use by {', '.join(holders)}; disconnect there first")
+
+
+def _is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and _is_text(name)
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be stored: names of files that are no UTF-8 hold what is no character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _at(catalog: Catalog, version: Readable) -> int:

@@ -60,7 +60,11 @@ def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False) -> 
     try:
         log = _read_log(files, block, give_up=give_up_log)
         versions, refs = _load(files, block, log, cache_bytes)
-        _replay(versions, log, files.path("log"))
+        try:
+            _replay(versions, log, files.path("log"))
+        except BaseException:
+            versions.close()
+            raise
     except Failure as failure:
         raise typed(failure, files.folder, f"opening the pool {files.folder}") from None
     return Opened(versions, Checkpointer(files, block, refs), len(log.commits), damaged)
