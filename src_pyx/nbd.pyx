@@ -96,6 +96,7 @@ cdef extern from *:
     uint64_t snapcore_64(uint64_t value) noexcept nogil
     uint64_t count_up "__atomic_add_fetch"(uint64_t *target, uint64_t value, int order) noexcept nogil
     uint64_t load_count "__atomic_load_n"(uint64_t *target, int order) noexcept nogil
+    int add_to "__atomic_add_fetch"(int *target, int value, int order) noexcept nogil
     int load_flag "__atomic_load_n"(int *target, int order) noexcept nogil
     void store_flag "__atomic_store_n"(int *target, int value, int order) noexcept nogil
     int __ATOMIC_SEQ_CST
@@ -203,7 +204,7 @@ cdef bint _make_room(ExportState *target, const Trouble *trouble) noexcept with 
 
 cdef bint _again(ExportState *target, const Trouble *trouble, int *tries) noexcept nogil:
     tries[0] += 1
-    if tries[0] > 8 or trouble.result not in (LOG_FULL, LIMIT_REACHED, WRITE_FAILED):
+    if tries[0] > 8 or trouble.result not in (LOG_FULL, LIMIT_REACHED, WRITE_FAILED, NO_SPACE):
         return False
     return _make_room(target, trouble)
 
@@ -613,7 +614,7 @@ cdef void *_work(void *argument) noexcept nogil:
         pthread_mutex_unlock(&connection.lock)
         _do_job(connection, &job.request)
         pthread_mutex_lock(&connection.lock)
-        connection.jobs -= 1
+        add_to(&connection.jobs, -1, __ATOMIC_SEQ_CST)
         connection.job_bytes -= _memory_of(&job.request)
         free(job)
         pthread_cond_broadcast(&connection.changed)
@@ -646,7 +647,7 @@ cdef int _hand_over(ConnectionState *connection, const Request *request) noexcep
     else:
         connection.last.next = job
     connection.last = job
-    connection.jobs += 1
+    add_to(&connection.jobs, 1, __ATOMIC_SEQ_CST)
     connection.job_bytes += _memory_of(request)
     if connection.idle_workers == 0 and connection.worker_count < MAX_WORKERS:
         if pthread_create(&connection.workers[connection.worker_count], NULL, _work, connection) == 0:
@@ -679,7 +680,12 @@ cdef int _receive(
         if part < 0:
             if errno == EINTR:
                 continue
-            return IDLE if errno == EAGAIN else VANISHED
+            if errno != EAGAIN:
+                return VANISHED
+            # Who waits for an answer is not idle.
+            if load_flag(&connection.jobs, __ATOMIC_SEQ_CST):
+                continue
+            return IDLE
         if part == 0:
             return STOPPED if load_flag(&connection.stopping, __ATOMIC_SEQ_CST) else VANISHED
         got[0] += part

@@ -164,8 +164,7 @@ class Readable:
     def pread(self, length_bytes: int, offset_bytes: int) -> bytes:
         """Bytes at an offset; fewer at the end."""
         data = bytearray(max(0, min(length_bytes, self.size_bytes - offset_bytes)))
-        self.pread_into(data, offset_bytes)
-        return bytes(data)
+        return bytes(data[: self.pread_into(data, offset_bytes)])
 
     def pread_many(self, offsets_bytes: npt.NDArray[np.int64], buffers: npt.NDArray[np.uint8]) -> int:
         """Many reads of one length in one call.
@@ -314,10 +313,13 @@ class Disk(Readable):
     """
 
     def __init__(self, pool: Owner, engine: Engine, number: int) -> None:
-        super().__init__(pool, engine, engine.versions.volume_of(number))
+        try:
+            super().__init__(pool, engine, engine.versions.volume_of(number))
+            self._name = engine.catalog.disks[number].name
+        except KeyError:
+            raise NotFoundError(f"disk {number} was deleted meanwhile") from None
         self.id = str(number)
         self._number = number
-        self._name = engine.catalog.disks[number].name
 
     def __repr__(self) -> str:
         return f"<Disk {self.id} {self._name!r}>"

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore.nbd import Connection, Export
+from snapcore.persist import Medium
 from snapcore.pool import Pool
 from tests.support.nbd_client import (
     BLOCK_STATUS,
@@ -252,3 +253,30 @@ def test_contexts_are_of_the_pool_that_is_exported() -> None:
             Connection(ours.fileno(), one, structured=True, extended=False, contexts=[(1, two.volume)])
         with pytest.raises(ValueError, match="at most 16"):
             Connection(ours.fileno(), one, structured=True, extended=False, contexts=[(1, None)] * 17)
+
+
+class SlowSync(Medium):
+    """A medium whose syncs wait for leave."""
+
+    def __init__(self) -> None:
+        self.leave = threading.Event()
+        self.leave.set()
+
+    def sync(self, descriptor: int) -> None:
+        self.leave.wait()
+        super().sync(descriptor)
+
+
+def test_who_waits_for_an_answer_is_not_idle() -> None:
+    medium = SlowSync()
+    with tempfile.TemporaryDirectory() as folder:
+        with Pool.create(Path(folder) / "pool", medium=medium, background=False) as pool:
+            disk = pool.create_disk("disk", SIZE)
+            with served(Export(disk._volume, -1, 0, writable=True), idle_s=0.02) as (client, _, ended):
+                medium.leave.clear()
+                assert client.call(WRITE, 0, 3, 0, b"abc").error == 0
+                cookie = client.send(FLUSH, 0, 0)
+                threading.Timer(0.1, medium.leave.set).start()
+                assert client.wait(cookie).error == 0
+                assert client.socket.recv(1) == b""
+                assert ended == ["idle"]
