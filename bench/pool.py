@@ -243,7 +243,7 @@ def writes(folder: Path) -> None:
 
 
 def sequential_writes(folder: Path) -> None:
-    """MiB by MiB, on a disk that was written in order: blocks that random writes have scattered are written one by one."""
+    """MiB by MiB, on a disk that was written in order: what random writes have scattered is written block by block."""
     size = 256 * MIB
     big = os.urandom(MIB)
     with pool_in(folder) as pool, raw_in(folder, size) as raw:
