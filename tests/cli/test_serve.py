@@ -113,7 +113,7 @@ def test_serve_takes_the_sockets_of_systemd(folder: Path) -> None:
             "os.execv(sys.executable, [sys.executable, '-m', 'snapcore', *sys.argv[1:]])"
         )
         words = [sys.executable, "-c", code, "serve", "-p", str(folder / "pool"), "--json"]
-        child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, pass_fds=[made.fileno(), 3])
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, pass_fds=[made.fileno()])
     with child:
         assert event(child) == {"event": "listening", "uri": f"nbd+unix:///?socket={path}"}
         with Peer(path) as peer:
