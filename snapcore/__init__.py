@@ -95,6 +95,7 @@ _HOMES = {
     "LocalStore": "snapcore.store",
     "Manifest": "snapcore.repository",
     "MemoryStore": "snapcore.store",
+    "NbdServer": "snapcore.server",
     "Pool": "snapcore.pool",
     "PoolUsage": "snapcore.pool",
     "Progress": "snapcore.progress",

@@ -51,7 +51,7 @@ def nbd_mount(name: str, folder: str, place: str, read_only: bool, as_json: bool
             try:
                 while not os.path.exists(path) and child.poll() is None and not told.wait(0.02):
                     pass
-                if child.poll() is None and not told.is_set():
+                if child.poll() is None and not told.wait(0):
                     if as_json:
                         output.print_json({"file": path})
                     else:
@@ -63,7 +63,7 @@ def nbd_mount(name: str, folder: str, place: str, read_only: bool, as_json: bool
                 if child.poll() is None:
                     _unmount(folder)
                 _, said = child.communicate()
-        if child.returncode and not told.is_set():
+        if child.returncode and not told.wait(0):
             raise StoreError(f"nbdfuse failed: {said.strip() or child.returncode}")
 
 
