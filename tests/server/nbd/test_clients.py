@@ -278,6 +278,7 @@ def fio(served: Served, name: str, *options: str) -> None:
         "--size=2m",
         "--offset_increment=2m",
         "--minimal",
+        "--verify_state_save=0",
         *options,
     )
 

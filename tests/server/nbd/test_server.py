@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -19,10 +20,12 @@ from snapcore.server import NbdServer
 from snapcore.server.nbd import listening
 from snapcore.server.nbd.protocol import Option, Reply
 from tests.support.nbd import (
+    BLOCK_STATUS,
     DISCONNECT,
     EPERM,
     FUA,
     GREETING,
+    READ,
     SIZE_BYTES,
     WRITE,
     WRITE_ZEROES,
@@ -201,6 +204,39 @@ def test_changes_are_offered_for_snapshots_of_the_family_only(serve: Serve, pool
         assert found("snapcore:") == found("snapcore:changed:") == both
         asked = ["snapcore:changed:one", f"snapcore:changed:{stranger.id}", "snapcore:changed:nothing"]
         assert found(*asked, number=Option.SET_META_CONTEXT) == ["snapcore:changed:one"]
+
+
+def test_extended_headers_carry_reads_writes_and_block_status(serve: Serve, disk: Disk) -> None:
+    """By hand: few clients speak them yet."""
+    with Peer(serve().path) as peer:
+        peer.greet()
+        peer.send(option(Option.EXTENDED_HEADERS) + contexts("web", "base:allocation", "snapcore:changed:one"))
+        peer.send(go("web"))
+        assert [peer.answer().reply for _ in range(6)] == [1, Reply.META_CONTEXT, Reply.META_CONTEXT, 1, Reply.INFO, 1]
+
+        def asked(kind: int, offset: int, length: int, data: bytes = b"", flags: int = 0) -> list[tuple[int, bytes]]:
+            """Types and payloads of the chunks that answer a request; the last one says that it is."""
+            # A write says that its length is that of what follows.
+            peer.send(struct.pack(">IHHQQQ", 0x21E41C71, flags, kind, 77, offset, length) + data)
+            found = []
+            while True:
+                magic, done, what, cookie, place, size = struct.unpack(">IHHQQQ", peer.receive(32))
+                assert (magic, cookie, place) == (0x6E8A278C, 77, offset)
+                found.append((what, peer.receive(size)))
+                if done & 1:
+                    return found
+
+        payload_length = 1 << 5
+        assert asked(WRITE, 5, 7, b"written", payload_length) == [(0, b"")]
+        (piece,) = [data for what, data in asked(READ, 0, 16) if what]
+        assert piece == bytes(8) + bytes(5) + b"written" + bytes(4)
+        ((error, _),) = asked(READ, SIZE_BYTES, 1)
+        assert error & 1 << 15
+        status = [data for what, data in asked(BLOCK_STATUS, 0, SIZE_BYTES) if what == 6]
+        rows = [struct.unpack(f">II{(len(data) - 8) // 8}Q", data) for data in status]
+        half = MIB // 2
+        assert rows[0] == (1, 6, 4096, 0, MIB - 4096, 3, MIB, 0, MIB, 3, half, 0, SIZE_BYTES - 3 * MIB - half, 3)
+        assert rows[1] == (2, 4, 4096, 1, 3 * MIB - 4096, 0, half, 1, SIZE_BYTES - 3 * MIB - half, 0)
 
 
 # Throw-away disks
