@@ -23,6 +23,7 @@ from tests.support.nbd import (
     BLOCK_STATUS,
     DISCONNECT,
     EPERM,
+    FLUSH,
     FUA,
     GREETING,
     READ,
@@ -620,3 +621,14 @@ def test_names_of_any_letters_are_exports(serve: Serve, pool: Pool) -> None:
         assert name in shown(peer)
         peer.send(option(Option.GO, string(name) + bytes(2)))
         assert peer.answer().reply == Reply.INFO
+
+
+def test_a_pool_that_is_open_for_reading_is_served_for_reading(folder: Path, pool: Pool, disk: Disk) -> None:
+    data = disk.pread(100, MIB)
+    pool.close()
+    with Pool.open(folder / "pool", read_only=True) as again:
+        with NbdServer(again, listen=[f"unix:{folder}/socket"]), Peer(folder / "socket") as peer:
+            peer.enter("web")
+            assert peer.read(MIB, 100) == data
+            assert peer.write(0, b"x") == EPERM
+            assert peer.request(FLUSH) == 0
