@@ -194,7 +194,7 @@ def run(*command: str) -> None:
     # cython-lint calls a program that lies beside this Python, which need not be on the path.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, "-P", "-m", *command],
         cwd=ROOT,
         env=os.environ | {"PATH": path},
         capture_output=True,

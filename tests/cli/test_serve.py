@@ -38,7 +38,7 @@ def folder() -> Iterator[Path]:
 @contextlib.contextmanager
 def process(*words: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A command; it is killed when the test fails."""
-    command = [sys.executable, "-m", "snapcore", *map(str, words)]
+    command = [sys.executable, "-P", "-m", "snapcore", *map(str, words)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     with child:
         try:
@@ -110,9 +110,9 @@ def test_serve_takes_the_sockets_of_systemd(folder: Path) -> None:
         code = (
             f"import os, sys; os.dup2({made.fileno()}, 3); "
             "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
-            "os.execv(sys.executable, [sys.executable, '-m', 'snapcore', *sys.argv[1:]])"
+            "os.execv(sys.executable, [sys.executable, '-P', '-m', 'snapcore', *sys.argv[1:]])"
         )
-        words = [sys.executable, "-c", code, "serve", "-p", str(folder / "pool"), "--json"]
+        words = [sys.executable, "-P", "-c", code, "serve", "-p", str(folder / "pool"), "--json"]
         child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, pass_fds=[made.fileno()])
     with child:
         assert event(child) == {"event": "listening", "uri": f"nbd+unix:///?socket={path}"}

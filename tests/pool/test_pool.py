@@ -120,7 +120,7 @@ except Error as error:
 
 
 def _elsewhere(path: str, mode: str) -> str:
-    done = subprocess.run([sys.executable, "-c", _OPEN, path, mode], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", _OPEN, path, mode], capture_output=True, text=True, check=True)
     return done.stdout
 
 

@@ -264,5 +264,5 @@ def test_a_pool_that_nobody_closed_is_collected_without_harm(tmp_path: Path) -> 
         "gc.collect()\n"
         "print('well')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "pool")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path / "pool")], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")

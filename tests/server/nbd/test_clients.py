@@ -301,7 +301,7 @@ def test_fio_verifies_what_it_wrote(target: tuple[Served, str]) -> None:
 def test_fio_verifies_for_minutes_while_snapshots_are_cut(serve: Serve, pool: Pool, disk: Disk) -> None:
     needs("fio")
     served = serve()
-    words = [sys.executable, "-c", "import time; time.sleep(120)"]
+    words = [sys.executable, "-P", "-c", "import time; time.sleep(120)"]
     with subprocess.Popen(words) as clock:
         while clock.poll() is None:
             snapshot = disk.snapshot()

@@ -574,7 +574,9 @@ with NbdServer(images={{"raw": {str(folder / "image")!r}}}, listeners=found) as 
     sys.stdin.read()
 """
     (folder / "image").write_bytes(bytes(5000))
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with child:
         assert child.stdout is not None
         assert child.stdout.readline() == f"nbd+unix:///?socket={str(folder).replace('/', '/')}/socket\n"
@@ -596,7 +598,7 @@ try:
 except UsageError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert "no socket" in done.stdout
 
 
