@@ -18,7 +18,8 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "pool-1"
 @pytest.mark.parametrize("name", ["closed", "crashed"])
 def test_a_pool_of_format_1_opens_with_what_it_held(name: str, tmp_path: Path) -> None:
     with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        # The first releases of Python 3.11 have no filters; the archive is our own.
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     expected = json.loads((GOLDEN / "contents.json").read_text(encoding="utf-8"))
     with Pool.open(tmp_path / "pool", read_only=True) as pool:
         assert {label: xxhash.xxh64_hexdigest(data) for label, data in golden_pool.contents(pool).items()} == expected
