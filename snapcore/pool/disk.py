@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ class Owner(Protocol):
         """What `Disk.attached` does."""
 
 
-class Readable:
+class Readable(abc.ABC):
     """What can be read: a disk or a snapshot. It is a `Source` too, so whatever takes images takes it."""
 
     def __init__(self, pool: Owner, engine: Engine, volume: Volume) -> None:
@@ -88,9 +89,9 @@ class Readable:
         self._volume = volume
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """What it is called."""
-        raise NotImplementedError
 
     @property
     def size_bytes(self) -> int:
@@ -187,7 +188,7 @@ class Readable:
         if self.pread_into(target, offset_bytes) < len(target):
             raise UsageError(f"{self._what()}: the range from offset {offset_bytes} on is not all inside of it")
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:  # noqa: B027 - there is nothing to do, for both
         """As a `Source`: a snapshot does not change; who reads a disk that is written takes what comes."""
 
     def data_extents(self) -> Extents:
