@@ -55,6 +55,11 @@ cdef struct VolumeState:
     int64_t backing_mtime_ns
     uint64_t window_next
     uint64_t window_end
+    # Blocks that are held and hold zeros on the host already; 1 + the commits at the last take, 0 before it.
+    uint64_t ready_first
+    uint64_t ready_count
+    int preparing
+    uint64_t taken_at
     VolumeState *next
 
 cdef struct Operation:

@@ -110,6 +110,9 @@ cdef enum:
     FIRST_BLOCK = 3
     PART_BLOCKS = 1024
     WINDOW_BLOCKS = 256
+    READY_BLOCKS = 64
+    # Larger writes spread what a flush costs by themselves.
+    SMALL_WRITE_BLOCKS = 16
     PIECE_BLOCKS = 8192
     SECTOR_BYTES = 512
     SECTOR_HEADER_BYTES = 24
@@ -127,8 +130,8 @@ cdef enum:
 cdef uint64_t MAX_BLOCKS = <uint64_t> 1 << 40
 cdef uint64_t MAX_SIZE_BYTES = <uint64_t> 1 << 47
 cdef uint64_t MAX_COUNT = (<uint64_t> 1 << 24) - 1
-cdef uint8_t[BLOCK_BYTES] ZEROS
-memset(ZEROS, 0, BLOCK_BYTES)
+cdef uint8_t[READY_BLOCKS * BLOCK_BYTES] ZEROS
+memset(ZEROS, 0, sizeof(ZEROS))
 
 
 cdef int _trouble(Trouble *trouble, int result, int code, uint64_t where) noexcept nogil:
@@ -336,6 +339,12 @@ cdef uint64_t _find_fragment(CoreState *core) noexcept nogil:
 cdef uint64_t _take(CoreState *core, VolumeState *volume, uint64_t want, uint64_t *count) noexcept nogil:
     """Hold a run of up to `want` free blocks for a volume. Returns the first, or 0."""
     cdef uint64_t first, at, end
+    if volume.ready_count:
+        first = volume.ready_first
+        count[0] = min(want, volume.ready_count)
+        volume.ready_first += count[0]
+        volume.ready_count -= count[0]
+        return first
     if core.limit_blocks:
         if core.used_count + core.held_count >= core.limit_blocks:
             return 0
@@ -385,6 +394,21 @@ cdef void _take_back(CoreState *core, const bint *own, const uint64_t *targets, 
             _give_back(core, targets[i], 1)
     # Or else the next one that fails would go further beyond the end, and so on.
     core.no_windows = 0
+
+
+cdef void _let_go(CoreState *core, uint64_t first, uint64_t count) noexcept nogil:
+    """Held blocks that may have been written are punched out and free after the next `_reclaim`; without memory for the
+    list, after the next recovery."""
+    cdef Numbers *freed = &core.freed_durable
+    if count and numbers_reserve(freed, 2) == 0:
+        freed.items[freed.count] = first
+        freed.items[freed.count + 1] = count
+        freed.count += 2
+
+
+cdef void _let_go_ready(CoreState *core, VolumeState *volume) noexcept nogil:
+    _let_go(core, volume.ready_first, volume.ready_count)
+    volume.ready_count = 0
 
 
 cdef inline void _use(CoreState *core, uint64_t block) noexcept nogil:
@@ -456,6 +480,7 @@ cdef int _reclaim(CoreState *core) noexcept nogil:
     """Punch out what is freed for good and seen by no reader, and make it free. Returns 0, or errno of a punch."""
     cdef Numbers runs
     cdef uint64_t i, first, count
+    cdef VolumeState *volume
     cdef int old
     cdef int code = 0
     cdef int result
@@ -467,6 +492,10 @@ cdef int _reclaim(CoreState *core) noexcept nogil:
         _unlock(core)
         return 0
     core.reclaiming = 1
+    volume = core.volumes
+    while volume != NULL:
+        _let_go_ready(core, volume)
+        volume = volume.next
     runs = core.freed_durable
     memset(&core.freed_durable, 0, sizeof(Numbers))
     old = core.epoch
@@ -1074,7 +1103,41 @@ cdef int _write_part(
             _take_back(core, own, targets, count)
             return _trouble(trouble, result, 0, 0)
         result = _map_targets(core, volume, old, targets, own, first, count, trouble)
+        if result == 0 and new_blocks <= SMALL_WRITE_BLOCKS:
+            _make_ready(core, volume)
     return result
+
+
+cdef void _make_ready(CoreState *core, VolumeState *volume) noexcept nogil:
+    """After a small write that took new blocks: write zeros to those that the next ones will take, if its like goes on.
+
+    A sync that makes the host's file system allocate costs several times one that does not, and who flushed between two
+    takes is likely to do so again. The mutex is held before and after, and let go in between; what the write itself
+    needs of the host it has by now.
+    """
+    cdef uint64_t before = volume.taken_at
+    cdef uint64_t first
+    cdef uint64_t count = 0
+    cdef int code
+    volume.taken_at = core.commits + 1
+    if before == 0 or before == volume.taken_at or volume.ready_count or volume.preparing:
+        return
+    if core.limit_blocks and core.used_count + core.held_count + READY_BLOCKS >= core.limit_blocks:
+        return
+    first = _take(core, volume, READY_BLOCKS, &count)
+    if first == 0:
+        return
+    volume.preparing = 1
+    _unlock(core)
+    code = _put(core, core.data, ZEROS, count * BLOCK_BYTES, first * BLOCK_BYTES)
+    _lock(core)
+    volume.preparing = 0
+    if code or not volume.attached:
+        _let_go(core, first, count)
+        return
+    core.data_written = 1
+    volume.ready_first = first
+    volume.ready_count = count
 
 
 cdef int volume_write(
@@ -1607,6 +1670,7 @@ cdef class Volume:
             link = &link[0].next
         if link[0] != NULL:
             link[0] = self.volume.next
+            _let_go_ready(self.core.core, self.volume)
         _unlock(self.core.core)
 
     def detach(self):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from snapcore.errors import NotFoundError, OutOfSpaceError, UsageError
+from snapcore.persist import Buffer
 from snapcore.pool import Disk, Pool
+from tests.support.mediums import Unsynced
 from tests.support.pools import BLOCK_BYTES, MIB, SMALL_LOG_BYTES, check_space
 
 BLOCK = BLOCK_BYTES
@@ -266,3 +270,91 @@ def test_a_pool_that_nobody_closed_is_collected_without_harm(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path / "pool")], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")
+
+
+class _Zeros(Unsynced):
+    """Notes the writes of nothing but zeros to the data, and fails them when asked to."""
+
+    def __init__(self, pool: Path) -> None:
+        self.data = pool / "data"
+        self.lengths: list[int] = []
+        self.code = 0
+
+    def write_at(self, descriptor: int, buffers: Sequence[Buffer], offset_bytes: int) -> int:
+        joined = b"".join(buffers)
+        if not any(joined) and os.path.samestat(os.fstat(descriptor), os.stat(self.data)):
+            if self.code:
+                raise OSError(self.code, os.strerror(self.code))
+            self.lengths.append(len(joined) // BLOCK)
+        return super().write_at(descriptor, buffers, offset_bytes)
+
+
+READY_BLOCKS = 64
+
+
+def test_who_flushes_each_write_gets_blocks_that_were_written_before(tmp_path: Path) -> None:
+    """Then a sync need not make the host allocate. None of them is taken for used, and none is kept for long."""
+    medium = _Zeros(tmp_path / "pool")
+    with Pool.create(tmp_path / "pool", background=False, medium=medium) as pool:
+        disk = _filled(pool, "disk", 256)
+        disk.snapshot()
+        core = pool._engine.core
+        disk.pwrite(b"b" * 17 * BLOCK, 0)
+        for block in range(100, 110):
+            disk.pwrite(b"b" * BLOCK, block * BLOCK)
+        assert medium.lengths == [], "nobody flushes each of them"
+        for block in range(20, 20 + READY_BLOCKS):
+            disk.pwrite(b"c" * BLOCK, block * BLOCK)
+            disk.flush()
+        assert medium.lengths == [READY_BLOCKS]
+        assert core.held_blocks == 2, "two writes came before they were ready"
+        disk.pwrite(b"d" * 2 * BLOCK, 94 * BLOCK)
+        disk.flush()
+        disk.pwrite(b"d" * BLOCK, 96 * BLOCK)
+        assert medium.lengths == [READY_BLOCKS] * 2
+        check_space(pool, 256 + 27 + READY_BLOCKS + 3)
+        pool.close()
+        held = os.stat(tmp_path / "pool" / "data").st_blocks * 512 // BLOCK
+        assert held == 256 + 27 + READY_BLOCKS + 3, "what was ready is punched out"
+
+
+def test_blocks_that_were_made_ready_are_there_for_who_needs_them(tmp_path: Path) -> None:
+    """The limit is reached by what is written and not by what might be."""
+    with Pool.create(tmp_path / "pool", background=False, limit_bytes=400 * BLOCK) as pool:
+        disk, other = _filled(pool, "disk", 200), pool.create_disk("other", MIB)
+        disk.snapshot()
+        for block in range(5):
+            disk.pwrite(b"b" * BLOCK, block * BLOCK)
+            disk.flush()
+        assert pool.usage().held_bytes > 40 * BLOCK
+        other.pwrite(b"o" * 195 * BLOCK, 0)
+        with pytest.raises(OutOfSpaceError):
+            disk.pwrite(b"c" * BLOCK, 9 * BLOCK)
+        assert disk.pread(BLOCK, 9 * BLOCK) == b"a" * BLOCK
+        check_space(pool, 400)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_write_is_done_where_nothing_can_be_made_ready(tmp_path: Path, code: int) -> None:
+    medium = _Zeros(tmp_path / "pool")
+    with Pool.create(tmp_path / "pool", background=False, medium=medium) as pool:
+        disk = _filled(pool, "disk", 200)
+        disk.snapshot()
+        medium.code = code
+        for block in range(20):
+            disk.pwrite(b"b" * BLOCK, block * BLOCK)
+            disk.flush()
+        assert disk.pread(20 * BLOCK, 0) == b"b" * 20 * BLOCK
+        check_space(pool, 220)
+
+
+def test_a_disk_that_goes_leaves_nothing_that_was_made_ready(tmp_path: Path) -> None:
+    with Pool.create(tmp_path / "pool", background=False) as pool:
+        disk = _filled(pool, "disk", 200)
+        disk.snapshot()
+        for block in range(5):
+            disk.pwrite(b"b" * BLOCK, block * BLOCK)
+            disk.flush()
+        pool.delete_disk("disk")
+        del disk
+        check_space(pool, 200)
