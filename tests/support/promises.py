@@ -294,10 +294,10 @@ class Work:
         elif what == "rollback" and (own := self.kept_by(name)):
             self.rollback(name, dice.choice(own))
         elif what == "clone" and len(names) < 4:
-            self.clone(name, f"clone{len(self.recorder.operations)}")
+            self.clone(name, f"clone{dice.randrange(10**9)}")
         elif what == "make" and len(names) < 4 and kept:
             source = dice.choice(kept)
-            self.make(f"made{len(self.recorder.operations)}", len(self.snapshots[source][2]), source)
+            self.make(f"made{dice.randrange(10**9)}", len(self.snapshots[source][2]), source)
         elif what == "resize" and size < most_blocks * BLOCK_BYTES:
             self.resize(name, dice.randrange(size, most_blocks * BLOCK_BYTES + 1))
         elif what == "delete" and kept:
