@@ -25,6 +25,7 @@ from snapcore.errors import (
     RefusedError,
     SourceChangedError,
     StoreError,
+    StoreRefusedError,
     UnsupportedFormatError,
     UsageError,
 )
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from snapcore.server import NbdServer
     from snapcore.source import Source
     from snapcore.source.compare import diff_images
-    from snapcore.store import LocalStore, MemoryStore, Store
+    from snapcore.store import LocalStore, MemoryStore, Store, open_store
 
 __all__ = [
     "BusyError",
@@ -81,11 +82,13 @@ __all__ = [
     "SourceChangedError",
     "Store",
     "StoreError",
+    "StoreRefusedError",
     "UnsupportedFormatError",
     "Usage",
     "UsageError",
     "Verified",
     "diff_images",
+    "open_store",
 ]
 
 _HOMES = {
@@ -110,6 +113,7 @@ _HOMES = {
     "Usage": "snapcore.repository",
     "Verified": "snapcore.repository",
     "diff_images": "snapcore.source.compare",
+    "open_store": "snapcore.store",
 }
 
 

@@ -76,6 +76,10 @@ class StoreError(Error):
     """The store under a repository failed for a reason other than those above."""
 
 
+class StoreRefusedError(StoreError):
+    """The store will not do it, however often it is asked: credentials, permission, or something it cannot do."""
+
+
 class FencedError(Error):
     """This writer's session was ended by another process before it committed; run the work again."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from snapcore.extents import Extents
     from snapcore.progress import Progress, ProgressCallback
 
-_IN_REPOSITORY = "The repository; SNAPCORE_REPO in the environment stands for it."
+_IN_REPOSITORY = "The repository, a folder or s3://BUCKET/PREFIX; SNAPCORE_REPO in the environment stands for it."
 _IN_POOL = "The pool; SNAPCORE_POOL in the environment stands for it."
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")

@@ -6,7 +6,7 @@ import click
 
 from snapcore.cli import output
 
-directory = click.argument("place", metavar="DIR", envvar="SNAPCORE_REPO")
+directory = click.argument("place", metavar="PLACE", envvar="SNAPCORE_REPO")
 
 
 @click.group()
@@ -20,7 +20,7 @@ def repo() -> None:
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), default="lz4", show_default=True)
 @output.json_option
 def init(place: str, chunk_size: int, compression: str, as_json: bool) -> None:
-    """Make a repository in DIR, which is empty or not there yet."""
+    """Make a repository in PLACE: a folder that is empty or not there yet, or s3://BUCKET/PREFIX."""
     from snapcore.repository import Repository
 
     made = Repository.create(place, chunk_bytes=chunk_size, compression=compression)

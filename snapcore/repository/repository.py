@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,7 +42,7 @@ from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
 from snapcore.repository.verify import Verified
 from snapcore.source import Source, open_source, open_target
-from snapcore.store import LocalStore, Store
+from snapcore.store import Store, open_store, with_cache
 
 SnapshotLike = Manifest | str
 _ID_PART = re.compile(r"[0-9a-f]{4,32}")
@@ -55,7 +56,9 @@ class Repository:
     """
 
     def __init__(self, store: Store, found: Config) -> None:
-        self._context = Context(store, found, PLAIN)
+        self._context = Context(with_cache(store, found.id), found, PLAIN)
+        # What looks after the store itself sees no cache of it.
+        self._direct = replace(self._context, store=store)
 
     @classmethod
     def create(
@@ -66,7 +69,7 @@ class Repository:
         Parameters
         ----------
         place : path or Store
-            A folder that is empty or not there yet, or a store of your own.
+            A folder that is empty or not there yet, `s3://BUCKET/PREFIX`, or a store of your own.
         chunk_bytes : int
             A power of two from 4 KiB to 4 MiB. Smaller chunks share more and cost more index (56 bytes each).
         compression : str
@@ -77,13 +80,13 @@ class Repository:
         ExistsError
             Something is there already.
         """
-        store = _store(place)
+        store = open_store(place)
         return cls(store, config.create(store, chunk_bytes, compression))
 
     @classmethod
     def open(cls, place: str | os.PathLike[str] | Store) -> Repository:
         """Open a repository; NotFoundError where there is none, UnsupportedFormatError for a newer one."""
-        store = _store(place)
+        store = open_store(place)
         return cls(store, config.load(store))
 
     @property
@@ -325,18 +328,18 @@ class Repository:
         DamagedError
             Something reachable is missing: nothing was removed. Run `verify`, and delete or heal what it names.
         """
-        return collect.collect(self._context, self.snapshots, progress)
+        return collect.collect(self._direct, self.snapshots, progress)
 
     def verify(self, *, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
         """Read and check everything. What is damaged is marked, so that the next snapshot stores it again.
 
         BusyError when collections keep moving what is being read.
         """
-        return verify.verify(self._context, progress, executor)
+        return verify.verify(self._direct, progress, executor)
 
     def rebuild_index(self, *, progress: ProgressCallback | None = None) -> int:
         """Make the index anew from the packs. Returns the number of entries; refuses like `collect`."""
-        return rebuild.rebuild_index(self._context, progress)
+        return rebuild.rebuild_index(self._direct, progress)
 
     def sessions(self) -> list[Session]:
         """Who works on the repository now, or died at it."""
@@ -353,15 +356,6 @@ class Repository:
             raise NotFoundError(f"{self.url} has {len(found)} sessions {session_id!r}")
         session.end_by_id(self._context.store, found[0])
         return found[0]
-
-
-def _store(place: str | os.PathLike[str] | Store) -> Store:
-    if isinstance(place, (str, os.PathLike)):
-        path = os.fspath(place)
-        if "://" in path:
-            raise UsageError(f"{path}: a repository is a local folder or a Store object")
-        return LocalStore(path)
-    return place
 
 
 def _changed(changed: Extents | Iterable[tuple[int, int]]) -> Extents:

@@ -3,8 +3,9 @@
 A name is one or more parts of the characters a–z, 0–9, "-", joined by "/". Objects are whole and immutable:
 they appear at once, never change, and go at once. Every method may be called from many threads.
 
-Errors: NotFoundError for a name that is not there; ExistsError for one that is; OutOfSpaceError; StoreError
-(or one below it) for anything else. No method hands out a part of an object as if it were the whole.
+Errors: NotFoundError for a name that is not there; ExistsError for one that is; OutOfSpaceError; StoreRefusedError for
+what the store will never do; StoreError (or one below it) for anything else, which may go well another time. No method
+hands out a part of an object as if it were the whole.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Reader(Protocol):
 class Lister(Protocol):
     """Names can be listed."""
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(name, size in bytes) of every object whose name begins with `prefix`, sorted by name.
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
+        """(name, size in bytes) of every object whose name begins with `prefix` and is greater than `after`, sorted.
 
         `prefix` is empty or ends with "/". What is put or deleted meanwhile may or may not be listed.
         """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 
 from snapcore.errors import UsageError
 from snapcore.persist import Buffer
 from snapcore.store.interface import Store
+
+_PAGE = 1000
 
 
 class LimitStore:
@@ -39,10 +42,16 @@ class LimitStore:
         with self._room:
             return self._store.size(name)
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        with self._room:
-            found = list(self._store.list(prefix))
-        yield from found
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
+        rows: Iterator[tuple[str, int]] | None = None
+        while True:
+            # Room is never kept while the caller looks at a row: it may call again.
+            with self._room:
+                rows = self._store.list(prefix, after) if rows is None else rows
+                page = list(itertools.islice(rows, _PAGE))
+            if not page:
+                return
+            yield from page
 
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
         with self._room:

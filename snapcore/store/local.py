@@ -28,9 +28,14 @@ _DEPTH_LIMIT = 16
 _TEMPORARY = "tmp"
 
 
+def is_name(name: str) -> bool:
+    """Whether an object can have this name. Shared by all stores."""
+    return _NAME.fullmatch(name) is not None and name.split("/", 1)[0] != _TEMPORARY
+
+
 def checked_name(name: str) -> str:
     """The name, when it is one; else UsageError. Shared by all stores."""
-    if not _NAME.fullmatch(name) or name.split("/", 1)[0] == _TEMPORARY:
+    if not is_name(name):
         raise UsageError(f"{name!r} is no object name: parts of a-z, 0-9 and '-' joined by '/'")
     return name
 
@@ -65,10 +70,10 @@ class LocalStore:
     def size(self, name: str) -> int:
         return _OpenFile(self._path(name)).size_bytes
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
         if prefix:
             checked_name(prefix.removesuffix("/"))
-        yield from self._walk(prefix)
+        yield from (row for row in self._walk(prefix) if row[0] > after)
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, int]]:
         try:

@@ -42,12 +42,12 @@ class MemoryStore:
     def size(self, name: str) -> int:
         return len(self._object(name))
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
         if prefix:
             checked_name(prefix.removesuffix("/"))
         with self._lock:
-            found = sorted((name, len(data)) for name, data in self._objects.items() if name.startswith(prefix))
-        yield from found
+            rows = [(name, len(data)) for name, data in self._objects.items() if name.startswith(prefix)]
+        yield from sorted(row for row in rows if row[0] > after)
 
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
         data = b"".join(buffers)

@@ -1,26 +1,33 @@
 """A store that tries again: for stores behind a network. Wraps any store and keeps its contract.
 
 Only errors of the store itself are tried again (StoreError and ReadError), with random waits that grow, within one
-time budget for the whole call. NotFoundError, ExistsError, OutOfSpaceError and DamagedError are answers
-and not faults. A creation whose answer was lost may have succeeded: when the name is taken after a failed try,
-the object is compared with what was to be written. So may a removal: a name that is gone after a failed try is
-what was asked for.
+time budget for the whole call (of a list: for each page, which goes on where the one before ended). NotFoundError,
+ExistsError, OutOfSpaceError, DamagedError and StoreRefusedError are answers and not faults. A creation whose answer was
+lost may have succeeded: when the name is taken after a failed try, the object is compared with what was to be written.
+So may a removal: a name that is gone after a failed try is what was asked for.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from snapcore.errors import ExistsError, NotFoundError, ReadError, StoreError
+from snapcore.errors import ExistsError, NotFoundError, ReadError, StoreError, StoreRefusedError
 from snapcore.persist import Buffer
 from snapcore.store.interface import Store
+
+_PAGE = 1000
 
 Answer = TypeVar("Answer")
 
 
+def _is_fault(error: BaseException) -> bool:
+    return isinstance(error, (StoreError, ReadError)) and not isinstance(error, StoreRefusedError)
+
+
 class RetryStore:
-    """The store inside, asked again until it answers or `budget_s` seconds are over."""
+    """The store inside, asked again until it answers; no try begins when `budget_s` seconds are over."""
 
     def __init__(self, store: Store, budget_s: float = 60.0, first_wait_s: float = 0.1) -> None:
         # Imported where it is used: it costs 20 ms, and a command on a local folder never retries.
@@ -28,8 +35,8 @@ class RetryStore:
 
         self._store = store
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type((StoreError, ReadError)),
-            stop=tenacity.stop_after_delay(budget_s),
+            retry=tenacity.retry_if_exception(_is_fault),
+            stop=tenacity.stop_before_delay(budget_s),
             wait=tenacity.wait_random_exponential(multiplier=first_wait_s, max=10.0),
             reraise=True,
         )
@@ -54,8 +61,22 @@ class RetryStore:
     def size(self, name: str) -> int:
         return self._ask(lambda: self._store.size(name))
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        yield from self._ask(lambda: list(self._store.list(prefix)))
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
+        rows: Iterator[tuple[str, int]] | None = None
+
+        def page() -> list[tuple[str, int]]:
+            nonlocal rows
+            try:
+                rows = self._store.list(prefix, after) if rows is None else rows
+                return list(itertools.islice(rows, _PAGE))
+            except BaseException:
+                # A generator that raised is at its end.
+                rows = None
+                raise
+
+        while found := self._ask(page):
+            after = found[-1][0]
+            yield from found
 
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
         failed_before = False

@@ -233,6 +233,14 @@ class StoreConformance:
             store.delete(name)
         assert list(store.list("")) == []
 
+    def test_a_listing_can_begin_behind_a_name_whether_that_is_there_or_not(self, store: Store) -> None:
+        for name in ("a/b", "a/d", "a-/x", "a0", "b/a"):
+            put(store, name)
+        assert [name for name, _ in store.list("", after="a/b")] == ["a/d", "a0", "b/a"]
+        assert [name for name, _ in store.list("a/", after="a/b")] == ["a/d"]
+        assert [name for name, _ in store.list("a/", after="a/c")] == ["a/d"]
+        assert list(store.list("a/", after="a/d")) == list(store.list("", after="b/a")) == []
+
     def test_removal_during_a_listing_does_not_disturb_it(self, store: Store) -> None:
         wanted = [f"p/{number:03}" for number in range(50)]
         for name in wanted:

@@ -7,15 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from snapcore.store import LimitStore, LocalStore, MemoryStore, RetryStore, Store
+from snapcore.store import CacheStore, LimitStore, LocalStore, MemoryStore, RetryStore, Store
 from tests.store.conformance import StoreConformance
+from tests.support.counting import CountingStore
+from tests.support.faulty import FaultyStore
 from tests.support.mediums import Unsynced
+from tests.support.s3 import bare_store, whole_store
+
+REPOSITORY = "0" * 32
 
 _DECORATORS: dict[str, Callable[[Store], Store]] = {
     "bare": lambda store: store,
     "retry": lambda store: RetryStore(store, budget_s=0.0, first_wait_s=0.0),
     "limit": lambda store: LimitStore(store, 1),
+    "cache": lambda store: CacheStore(store, REPOSITORY),
     "retry of limit": lambda store: RetryStore(LimitStore(store, 2), budget_s=0.0, first_wait_s=0.0),
+    "counting": CountingStore,
+    "faulty": FaultyStore,
 }
 
 
@@ -34,3 +42,11 @@ class TestMemoryStore(StoreConformance):
     @pytest.fixture
     def store(self, decorate: Callable[[Store], Store]) -> Store:
         return decorate(MemoryStore())
+
+
+class TestS3Store(StoreConformance):
+    @pytest.fixture(params=["bare", "as users get it", "cache"])
+    def store(self, s3: str, request: pytest.FixtureRequest) -> Store:
+        if request.param == "bare":
+            return bare_store()
+        return whole_store() if request.param == "as users get it" else CacheStore(whole_store(), REPOSITORY)

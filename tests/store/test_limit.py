@@ -48,8 +48,8 @@ class Crowded(MemoryStore):
     def size(self, name: str) -> int:
         return self._inside(lambda: super(Crowded, self).size(name))
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        return iter(self._inside(lambda: list(super(Crowded, self).list(prefix))))
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
+        return iter(self._inside(lambda: list(super(Crowded, self).list(prefix, after))))
 
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
         return self._inside(lambda: super(Crowded, self).put_new(name, buffers))

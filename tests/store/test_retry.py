@@ -18,6 +18,7 @@ from snapcore.errors import (
     OutOfSpaceError,
     ReadError,
     StoreError,
+    StoreRefusedError,
     UsageError,
 )
 from snapcore.persist import Buffer
@@ -60,9 +61,9 @@ class Flaky(MemoryStore):
     def size(self, name: str) -> int:
         return self._through(lambda: super(Flaky, self).size(name))
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
         # The first rows come, then the connection breaks.
-        rows = list(super().list(prefix))
+        rows = list(super().list(prefix, after))
         fault = self.faults.pop(0) if self.faults else None
         self.calls += 1
         yield from rows[: len(rows) // 2] if fault else rows
@@ -129,7 +130,7 @@ def test_an_answer_after_faults_is_the_answer_without_faults(question: str, faul
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize(
     "answer",
-    [NotFoundError("gone"), ExistsError("taken"), OutOfSpaceError("full"), DamagedError("bad"), UsageError("wrong")],
+    [NotFoundError("gone"), ExistsError("taken"), OutOfSpaceError("full"), DamagedError("bad"), UsageError("wrong"), StoreRefusedError("never")],
     ids=lambda error: type(error).__name__,
 )
 def test_answers_that_are_no_faults_come_at_once(question: str, answer: Error) -> None:
@@ -202,3 +203,28 @@ def test_one_call_that_failed_does_not_count_against_the_next() -> None:
     assert again.put_new("a", [b"data"]) == 4
     with pytest.raises(ExistsError):
         again.put_new("a", [b"data"])
+
+
+class Torn(MemoryStore):
+    """Every listing breaks after its first rows, until there are no more than those; tells where each began."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self.begun: list[str] = []
+
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
+        self.begun.append(after)
+        for number, row in enumerate(super().list(prefix, after)):
+            if number == self._rows:
+                raise StoreError("the connection broke")
+            yield row
+
+
+def test_a_listing_goes_on_behind_the_page_that_came() -> None:
+    store = Torn(1200)
+    for number in range(2500):
+        store.put_new(f"p/{number:04}", [b""])
+    rows = list(RetryStore(store, budget_s=60.0, first_wait_s=0.0).list("p/"))
+    assert rows == [(f"p/{number:04}", 0) for number in range(2500)]
+    assert store.begun == ["", "p/0999", "p/1999"]
