@@ -45,8 +45,6 @@ class TestMemoryStore(StoreConformance):
 
 
 class TestS3Store(StoreConformance):
-    @pytest.fixture(params=["bare", "as users get it", "cache"])
+    @pytest.fixture(params=["bare", "as users get it"])
     def store(self, s3: str, request: pytest.FixtureRequest) -> Store:
-        if request.param == "bare":
-            return bare_store()
-        return whole_store() if request.param == "as users get it" else CacheStore(whole_store(), REPOSITORY)
+        return bare_store() if request.param == "bare" else CacheStore(whole_store(), REPOSITORY)

@@ -130,7 +130,14 @@ def test_an_answer_after_faults_is_the_answer_without_faults(question: str, faul
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize(
     "answer",
-    [NotFoundError("gone"), ExistsError("taken"), OutOfSpaceError("full"), DamagedError("bad"), UsageError("wrong"), StoreRefusedError("never")],
+    [
+        NotFoundError("gone"),
+        ExistsError("taken"),
+        OutOfSpaceError("full"),
+        DamagedError("bad"),
+        UsageError("wrong"),
+        StoreRefusedError("never"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_answers_that_are_no_faults_come_at_once(question: str, answer: Error) -> None:

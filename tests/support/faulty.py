@@ -68,9 +68,7 @@ class FaultyStore:
     def folder(self) -> str | None:
         return self._store.folder
 
-    def _call(
-        self, method: str, call: Callable[[], Answer], part: Callable[[Answer], Answer] | None = None
-    ) -> Answer:
+    def _call(self, method: str, call: Callable[[], Answer], part: Callable[[Answer], Answer] | None = None) -> Answer:
         """Carry out a call as planned; `part` makes a part of an answer."""
         fault = self._fault(method)
         try:
