@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from snapcore.errors import StoreError
+from snapcore.errors import Error, StoreError
 from snapcore.persist import Buffer
 from snapcore.store import Store
 
@@ -27,6 +28,7 @@ class Fault(StrEnum):
     LIE = "a part of what was asked for comes, as if it were all"
     TWICE = "it reaches the store twice, and the second answer comes"
     LATE = "it fails, and is done when the next call has been done"
+    LAST = "it fails, and is done when all else has been done"
     AFTER_NEXT = "it waits until another call has overtaken it, or for a moment when there is none"
 
 
@@ -56,6 +58,7 @@ class FaultyStore:
         self._lock = threading.Lock()
         self._overtaken = threading.Event()
         self._late: list[Callable[[], object]] = []
+        self._last: list[Callable[[], object]] = []
         self.plan = plan
         self.counts: Counter[str] = Counter()
         self.hit = False
@@ -110,10 +113,16 @@ class FaultyStore:
             return call()
         if fault is Fault.LOSE or (fault is Fault.TRUNCATE and part is not None):
             call()
-        if fault is Fault.LATE:
+        if fault in (Fault.LATE, Fault.LAST):
             with self._lock:
-                self._late.append(call)
+                (self._late if fault is Fault.LATE else self._last).append(call)
         raise error
+
+    def settle_late(self) -> None:
+        """Do what was asked for and not done so far."""
+        self._do_late()
+        for call in self._last:
+            quietly(call)
 
     def get(self, name: str, limit_bytes: int) -> bytes:
         return self._call("get", lambda: self._store.get(name, limit_bytes), half)
@@ -134,6 +143,7 @@ class FaultyStore:
         except StoreError as fault:
             error = fault
             if self.plan is not None and self.plan.fault is Fault.TRUNCATE:
+                # The first pages came.
                 rows = list(self._store.list(prefix, after))
                 found = rows[: len(rows) // 2]
         yield from found
@@ -162,9 +172,5 @@ def half(data: bytes) -> bytes:
 
 def quietly(call: Callable[[], object]) -> None:
     """Carry out a call whose answer nobody hears."""
-    import contextlib
-
-    from snapcore.errors import Error
-
     with contextlib.suppress(Error):
         call()
