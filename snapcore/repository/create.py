@@ -155,6 +155,9 @@ def _leave(context: Context, own: Session, job: _Job | None) -> None:
     try:
         if job is not None:
             job.abandon()
+            if job.commit_tried:
+                # A commit without an answer may arrive later, when a collection has removed what it relies on.
+                session.end(context.store, own)
     except Exception:  # noqa: BLE001 - the first error is on its way to the caller
         session.abandon(own)
         return
@@ -170,6 +173,7 @@ class _Job:
         self._source = source
         self._request = request
         self._parent = parent
+        self.commit_tried = False
         self._size_bytes = source.size_bytes
         # A source of one's own may name them in any order.
         self._filled = extents.from_pairs(source.data_extents())
@@ -410,6 +414,7 @@ class _Job:
         try:
             # Damaged sessions are ended without a tombstone, for the name of the manifest is lost with them.
             session.check(self._context.store, own)
+            self.commit_tried = True
             manifest.write(self._context.store, object_name, snapshot)
         except (ExistsError, FencedError) as error:
             raise FencedError(

@@ -9,6 +9,9 @@ import pytest
 
 from snapcore.cli import main
 from tests.support.command import Run
+from tests.support.s3 import s3, s3_server
+
+__all__ = ["run", "s3", "s3_server"]
 
 
 @pytest.fixture
