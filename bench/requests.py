@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from snapcore import MemoryStore, Repository  # noqa: E402
-from tests.support.counting import CountingStore  # noqa: E402
+from snapcore import MemoryStore, Repository
+from tests.support.counting import CountingStore
 
 MIB = 1 << 20
 PAGE = 4096

@@ -1,0 +1,123 @@
+"""Many writers and a collector on one bucket; killed, and the storage beneath them too: what was promised is there.
+
+    eval "$(bench/ceph.sh up /tmp/ceph)"; pytest -m campaign tests/repository/test_far_writers.py; bench/ceph.sh down /tmp/ceph
+
+Without SNAPCORE_TEST_S3 it runs on moto, and nothing beneath is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from snapcore import Repository
+from snapcore.errors import BusyError
+from tests.support import writer
+from tests.support.s3 import new_place
+
+WRITERS = 8
+SECONDS = float(os.environ.get("SNAPCORE_CAMPAIGN_SECONDS", "60"))
+
+
+class Worker:
+    """A process, and all lines it said."""
+
+    def __init__(self, *words: str) -> None:
+        self._words = words
+        self.lines: list[list[str]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, writer.__file__, *self._words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._listener = threading.Thread(target=self._listen, args=(self._process,))
+        self._listener.start()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            # What the kill cut short was not said.
+            if line.endswith("\n"):
+                self.lines.append(line.split())
+
+    def kill(self) -> None:
+        """kill -9; AssertionError when it had ended by itself."""
+        assert self._process.stderr is not None
+        ended = self._process.poll()
+        self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        said = self._process.stderr.read()
+        self._process.stderr.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        assert ended is None, said
+
+    def again(self) -> None:
+        """kill -9 and a new one in its place."""
+        self.kill()
+        self._start()
+
+
+@pytest.mark.campaign
+def test_all_that_many_writers_were_promised_restores_whatever_was_killed(s3: str, tmp_path: Path) -> None:
+    place = new_place()
+    Repository.create(place)
+    random_ = random.Random(11)
+    workers = []
+    for number in range(WRITERS):
+        image = tmp_path / f"{number}.img"
+        image.write_bytes(random_.randbytes(2 << 20))
+        workers.append(Worker(place, f"disk-{number}", str(image), str(number)))
+    collector = Worker(place, "collect")
+    kill_storage = os.environ.get("SNAPCORE_TEST_KILL_OSD")
+    end = time.monotonic() + SECONDS
+    storage_at = time.monotonic() + SECONDS / 2
+    try:
+        while time.monotonic() < end:
+            time.sleep(random_.uniform(0.5, 2))
+            random_.choice([*workers, collector]).again()
+            if kill_storage and time.monotonic() > storage_at:
+                subprocess.run(shlex.split(kill_storage), check=True, timeout=60)
+                storage_at = end
+    finally:
+        for worker in (*workers, collector):
+            with contextlib.suppress(AssertionError):
+                worker.kill()
+    repository = Repository.open(place)
+    lines = [line for worker in (*workers, collector) for line in worker.lines]
+    print(Counter(line[0] for line in lines), [" ".join(line) for line in lines if line[0] == "fault"][:5])
+    gone = {line[1] for line in lines if line[0] == "deleting"}
+    taken = {line[1]: line[2] for line in lines if line[0] == "taken" and line[1] not in gone}
+    assert len(taken) >= WRITERS
+
+    def check() -> None:
+        found = {item.id for item in repository.snapshots()}
+        assert taken.keys() <= found
+        for snapshot_id, digest in taken.items():
+            with repository.open_snapshot(snapshot_id) as reader:
+                assert hashlib.sha256(reader.read(reader.size_bytes)).hexdigest() == digest
+        assert repository.verify().ok
+
+    check()
+    # While writers work, today's collector refuses; when they are gone (their sessions are those of dead processes of
+    # this host) it needs nobody's help.
+    for _ in range(5):
+        try:
+            repository.collect()
+            break
+        except BusyError:
+            time.sleep(1)
+    check()
