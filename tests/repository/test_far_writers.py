@@ -1,6 +1,8 @@
 """Many writers and a collector on one bucket; killed, and the storage beneath them too: what was promised is there.
 
-    eval "$(bench/ceph.sh up /tmp/ceph)"; pytest -m campaign tests/repository/test_far_writers.py; bench/ceph.sh down /tmp/ceph
+    eval "$(bench/ceph.sh up /tmp/ceph)"
+    pytest -m campaign tests/repository/test_far_writers.py
+    bench/ceph.sh down /tmp/ceph
 
 Without SNAPCORE_TEST_S3 it runs on moto, and nothing beneath is killed.
 """
