@@ -94,6 +94,9 @@ def many(folder: Path, snapshots: int) -> None:
     for number in range(snapshots):
         image.write_bytes(number.to_bytes(4, "little") * (PAGE // 4))
         repository.snapshot(image, disk=f"disk-{number % 100}")
+        if number % 100 == 99:
+            # As in life: what a collection joins (index objects) is joined.
+            repository.collect()
     store.reset()
     image.write_bytes(b"last" * (PAGE // 4))
     repository.snapshot(image, disk="disk-0")

@@ -56,7 +56,8 @@ class Worker:
 
     def kill(self) -> None:
         """kill -9; AssertionError when it had ended by itself."""
-        assert self._process.stderr is not None
+        if self._process.stderr is None or self._process.stderr.closed:
+            return
         ended = self._process.poll()
         self._process.kill()
         self._process.wait()
