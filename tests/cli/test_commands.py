@@ -197,7 +197,7 @@ def test_the_index_is_made_anew(run: Run, taken: list[dict[str, Any]], image: Pa
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["repo", "init"], 2, "DIR"),
+        (["repo", "init"], 2, "PLACE"),
         (["snapshot", "create", "x", "-r", "nowhere"], 2, "--disk"),
         (["snapshot", "list", "-r", "nowhere"], 1, "snapcore repo init"),
         (["repo", "init", "new", "--chunk-size", "5000"], 2, "power of two"),
