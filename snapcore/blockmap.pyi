@@ -1,4 +1,4 @@
-"""The pool's trees: pages of 128 entries in slots of a map file, five levels, named by their roots (docs/FORMAT.md).
+"""The pool's trees: pages of 128 entries, five levels, named by their roots (docs/FORMAT.md).
 
 An entry is 0 (absent), 1 (zero), 2 (lost: a repair found nothing readable there) or a reference: to a page above the
 leaves, to a block in them. Positions are block numbers of a disk, below 2 ** 35. All methods are safe from many
@@ -9,71 +9,15 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
-class Failure(Exception):  # noqa: N818
-    """A tree could not be read or changed; nothing was changed, but for what `partial` tells.
+from snapcore.pages import PageFile
 
-    Attributes
-    ----------
-    result : int
-        -2 the map file could not be read, -3 a slot does not hold what it should, -4 no space for a new page.
-    code : int
-        errno, or 0.
-    slot : int
-        Which slot of the map file.
-    partial : (root, freed, count) or None
-        Of `assign` and `fill` when positions behind the first `count` could not be changed: the tree with these
-        changed, and what that freed. It takes the place of the tree as it was.
-    """
-
-    result: int
-    code: int
-    slot: int
-    partial: tuple[int, npt.NDArray[np.uint64], int] | None
-
-class PageFile:
-    """Pages of a map file.
-
-    Parameters
-    ----------
-    descriptor : int
-        The map file, open for reading; it is grown with fallocate, and never written by this class.
-    seed : int
-        Of the checksums.
-    generation : int
-        That pages are made in from now on.
-    slots : int
-        That the file has room for, 3 at least.
-    used : uint64 array of shape ((slots + 63) // 64,)
-        Bitmap of used slots, lowest bit first.
-    cache_bytes : int
-        How much memory clean pages may take.
-    """
-
-    def __init__(
-        self,
-        descriptor: int,
-        seed: int,
-        generation: int,
-        slots: int,
-        used: npt.NDArray[np.uint64],
-        cache_bytes: int,
-    ) -> None: ...
-    spare: int
-    """Slots that only `put`, `prune` and the bitmap of space may take: a checkpoint needs no new space on the host."""
+class Trees(PageFile):
+    """The pages of a map file, and the trees among them."""
 
     slice_pages: int
     """How many pages `tally` and `exclusive` look at before they let others have the lock."""
 
-    @property
-    def generation(self) -> int: ...
-    @property
-    def slots(self) -> int: ...
-    @property
-    def free_slots(self) -> int: ...
-    @property
-    def resident_bytes(self) -> int: ...
     def lookup(self, root: int, first: int, count: int) -> npt.NDArray[np.uint64]:
         """Entries of `count` positions from `first` on."""
 
@@ -113,33 +57,6 @@ class PageFile:
 
     def prune(self, root: int, others: Iterable[int]) -> int:
         """The root of a tree with what of `root` the others hold at the same place. Frees nothing."""
-
-    def free_pages(self, refs: npt.NDArray[np.uint64]) -> None:
-        """Give pages up, each once: at once, or after the next checkpoint when the last one refers to them."""
-
-    def used_slots(self) -> npt.NDArray[np.uint64]:
-        """Bitmap of used slots, without those that wait for a checkpoint."""
-
-    def put(self, kind: int, payload: Buffer) -> int:
-        """A new page of a kind with 1 to 1,024 bytes; returns its reference."""
-
-    def get(self, kind: int, ref: int) -> bytes:
-        """The 1,024 bytes of a page."""
-
-    def dirty(self) -> npt.NDArray[np.uint64]:
-        """Slots whose pages were made since they were last written, in order."""
-
-    def freeze(self) -> int:
-        """Begin a new generation: what there is does not change any more. Returns the generation that ended."""
-
-    def stage(self, slots: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """The bytes of slots, with checksums, one behind the other, to be written to the map file."""
-
-    def written(self, slots: npt.NDArray[np.uint64]) -> None:
-        """These slots are in the map file. Trees' pages of the current generation stay dirty: they may change yet."""
-
-    def release(self) -> None:
-        """The checkpoint that began with the last `freeze` is durable: slots that only older ones needed are free."""
 
     def mark(
         self,

@@ -1,7 +1,8 @@
 # The C API of the pool's data path: plain structs and free functions, no Python object, safe from many threads.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from snapcore.blockmap cimport Numbers, PageFile, Pages
+from snapcore.blockmap cimport Trees
+from snapcore.pages cimport Numbers, Pages
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -139,7 +140,7 @@ cdef int core_commit(CoreState *core, Trouble *trouble) noexcept nogil
 
 cdef class Core:
     cdef CoreState *core
-    cdef readonly PageFile page_file
+    cdef readonly Trees page_file
     cdef object _medium
     cdef int check(self, Trouble *trouble, int result) except -1
     cdef uint64_t _peek(self, const uint64_t *number)

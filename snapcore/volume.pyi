@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-from snapcore.blockmap import Failure, PageFile
+from snapcore.blockmap import Trees
+from snapcore.pages import Failure
 from snapcore.persist import Medium
 
 class LogFull(Failure):
@@ -22,7 +23,7 @@ def read_sectors(data: Buffer, seed: int) -> npt.NDArray[np.int64]:
     """
 
 class Core:
-    """Space, log and commits of a pool, over the trees of a `PageFile`.
+    """Space, log and commits of a pool, over the trees of its map file.
 
     Parameters
     ----------
@@ -34,11 +35,11 @@ class Core:
         0 is none.
     """
 
-    page_file: PageFile
+    page_file: Trees
 
     def __init__(
         self,
-        page_file: PageFile,
+        page_file: Trees,
         data: int,
         log: int,
         medium: Medium | None,

@@ -16,9 +16,10 @@ from libc.string cimport memcpy, memmove, memset
 from posix.types cimport off_t
 from posix.unistd cimport pread, pwrite
 
-from snapcore.blockmap cimport (
-    NO_SPACE, ZERO, Pages, Runs, pages_trim, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, tree_difference, tree_runs,
+from snapcore.blockmap cimport ZERO, Runs, tree_difference, tree_runs
+from snapcore.pages cimport (
+    NO_SPACE, Pages, pages_trim, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock,
 )
 from snapcore.volume cimport (
     BLOCK_BYTES, DETACHED, LIMIT_REACHED, LOG_FULL, NOT_WRITABLE, OUT_OF_RANGE, WOULD_WAIT, WRITE_FAILED, Trouble,

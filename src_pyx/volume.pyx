@@ -25,14 +25,14 @@ from posix.unistd cimport pread, pwrite
 
 import numpy as np
 
-from snapcore.blockmap cimport (
-    ABSENT, FAN_OUT, KIND_BITMAP, LOST, NO_MEMORY, ZERO, Numbers, PageFile, numbers_array, numbers_free, numbers_move,
-    numbers_reserve, page_free, page_new, pages_dirty, pages_freeze, pages_trim, pages_used, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, tree_fill, tree_lookup, tree_set,
-)
+from snapcore.blockmap cimport ABSENT, FAN_OUT, LOST, ZERO, Trees, tree_fill, tree_lookup, tree_set
 from snapcore.digest cimport xxh64_of
+from snapcore.pages cimport (
+    KIND_BITMAP, NO_MEMORY, Numbers, numbers_array, numbers_free, numbers_move, numbers_reserve, page_free, page_new,
+    pages_dirty, pages_freeze, pages_trim, pages_used, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+)
 
-from snapcore.blockmap import Failure
+from snapcore.pages import Failure
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t *condition, const void *attributes)
@@ -142,7 +142,7 @@ cdef int _trouble(Trouble *trouble, int result, int code, uint64_t where) noexce
 
 
 cdef int _map_trouble(CoreState *core, Trouble *trouble) noexcept nogil:
-    """What blockmap noted; under the mutex."""
+    """What the kernels of the map noted; under the mutex."""
     return _trouble(trouble, core.pages.failure, core.pages.code, core.pages.slot)
 
 
@@ -1280,7 +1280,7 @@ def read_sectors(const uint8_t[::1] data not None, uint64_t seed):
 @cython.no_gc_clear
 cdef class Core:
     def __cinit__(
-        self, PageFile page_file, int data, int log, medium, *, uint64_t seed, used, uint64_t end,
+        self, Trees page_file, int data, int log, medium, *, uint64_t seed, used, uint64_t end,
         uint64_t limit_blocks, uint64_t log_sectors, uint64_t log_next, uint64_t commit_number, uint64_t space_root,
     ):
         cdef const uint64_t[::1] words = np.ascontiguousarray(used, dtype=np.uint64)

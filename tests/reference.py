@@ -300,10 +300,29 @@ def _aligned(trees: Sequence[Tree], first: int, last: int) -> Iterator[tuple[int
 
 
 class PageFile:
-    """Trees and other pages of the pool, kept as what they hold. A root is a tree itself."""
+    """Pages of the pool that are no trees', kept as what they hold."""
 
     def __init__(self) -> None:
         self._others: list[tuple[int, bytes]] = []
+
+    def put(self, kind: int, payload: bytes) -> int:
+        """A page with other bytes."""
+        self._others.append((kind, payload))
+        return len(self._others) - 1
+
+    def get(self, kind: int, ref: int) -> bytes:
+        """The bytes of such a page, with zeros behind them."""
+        assert self._others[ref][0] == kind
+        return self._others[ref][1].ljust(_PAGE_BYTES, b"\0")
+
+    def stage(self, slot: int, seed: int, generation: int, kind: int, payload: bytes) -> bytes:
+        """The bytes of a slot of the map file."""
+        body = struct.pack("<Q", generation | kind << 56) + payload.ljust(_PAGE_BYTES, b"\0")
+        return struct.pack("<Q", xxh64(body, (seed + slot) & _MASK)) + body
+
+
+class Trees(PageFile):
+    """Trees of the pool, kept as what they hold. A root is a tree itself."""
 
     def lookup(self, root: Tree, first: int, count: int) -> list[int]:
         """Entries of `count` positions."""
@@ -363,21 +382,6 @@ class PageFile:
             for start, count, (mine, *theirs) in _aligned([root, *others], 0, POSITIONS)
             if mine > 2 and mine in theirs
         )
-
-    def put(self, kind: int, payload: bytes) -> int:
-        """A page with other bytes."""
-        self._others.append((kind, payload))
-        return len(self._others) - 1
-
-    def get(self, kind: int, ref: int) -> bytes:
-        """The bytes of such a page, with zeros behind them."""
-        assert self._others[ref][0] == kind
-        return self._others[ref][1].ljust(_PAGE_BYTES, b"\0")
-
-    def stage(self, slot: int, seed: int, generation: int, kind: int, payload: bytes) -> bytes:
-        """The bytes of a slot of the map file."""
-        body = struct.pack("<Q", generation | kind << 56) + payload.ljust(_PAGE_BYTES, b"\0")
-        return struct.pack("<Q", xxh64(body, (seed + slot) & _MASK)) + body
 
 
 def log_sectors(payload: bytes, first: int, commit: int, seed: int) -> list[bytes]:

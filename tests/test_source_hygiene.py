@@ -30,8 +30,8 @@ LAYERS = [["cli"], ["server"], ["service"], ["repository", "pool"], ["source", "
 RANK = {room: len(LAYERS) - number for number, rooms in enumerate(LAYERS) for room in rooms}
 # A call of the operating system, and what happens to slots rather than to what they hold: nothing to compare with. That
 # slots are taken and given up rightly is seen by what trees reach (tests/kernels/test_blockmap.py).
-WITHOUT_TWIN = {"populate", *(f"PageFile.{name}" for name in ("mark", "free_pages", "used_slots", "dirty"))}
-WITHOUT_TWIN |= {f"PageFile.{name}" for name in ("freeze", "written", "release")}
+WITHOUT_TWIN = {"populate", "Trees.mark"}
+WITHOUT_TWIN |= {f"PageFile.{name}" for name in ("free_pages", "used_slots", "dirty", "freeze", "written", "release")}
 # Classes whose twin is the model of a whole pool: a dict of blocks (tests/pool/test_model.py), or an oracle of bytes.
 MODELLED = {"Core", "Volume", "Export", "Connection"}
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.blockmap import Failure, PageFile
+from snapcore.blockmap import Trees
 from snapcore.errors import DamagedError, from_os_error
+from snapcore.pages import Failure
 from snapcore.persist import Medium
 from snapcore.pool import files, recovery
 from snapcore.pool.catalog import Version
@@ -213,7 +214,7 @@ def _lost_in(versions: Versions) -> list[str]:
     ]
 
 
-def _lost_extents(pages: PageFile, root: int) -> Iterator[tuple[int, int]]:
+def _lost_extents(pages: Trees, root: int) -> Iterator[tuple[int, int]]:
     at, found = 0, 0
     # A forged tree may hold a page many times, and have no end in this life.
     while at < _ALL and found < pages.slots * PAGE_ENTRIES:

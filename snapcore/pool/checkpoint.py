@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.blockmap import PageFile
+from snapcore.pages import PageFile
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.files import SLOT_BYTES, Files
 from snapcore.pool.superblock import COPY_BYTES, COPY_OFFSETS, Superblock, checksum

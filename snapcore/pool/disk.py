@@ -14,9 +14,9 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from snapcore import extents
-from snapcore.blockmap import Failure
 from snapcore.errors import Error, NotFoundError, UsageError
 from snapcore.extents import Extents
+from snapcore.pages import Failure
 from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
 from snapcore.pool.failures import BLOCK_BYTES, LOG_FULL, typed

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from snapcore.blockmap import Failure
 from snapcore.errors import Error, NotFoundError, StoreError, from_os_error
+from snapcore.pages import Failure
 from snapcore.pool import events
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.failures import LIMIT_REACHED, MAP_NO_SPACE, WRITE_FAILED, typed

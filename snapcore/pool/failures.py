@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 
-from snapcore.blockmap import Failure
 from snapcore.errors import (
     DamagedError,
     Error,
@@ -17,6 +16,7 @@ from snapcore.errors import (
     StoreError,
     UsageError,
 )
+from snapcore.pages import Failure
 
 SLOT_BYTES = 1040
 BLOCK_BYTES = 4096

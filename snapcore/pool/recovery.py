@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.blockmap import Failure, PageFile
+from snapcore.blockmap import Trees
 from snapcore.errors import DamagedError
+from snapcore.pages import Failure
 from snapcore.persist import Medium
 from snapcore.pool import catalog as catalogs
 from snapcore.pool import events, journal, superblock
@@ -79,7 +80,7 @@ def _load(files: Files, block: Superblock, log: journal.Journal, cache_bytes: in
     for ref in refs:
         slot = ref & _SLOT_MASK
         used[slot >> 6] |= np.uint64(1 << (slot & 63))
-    pages = PageFile(files.map, block.seed, _next_generation(block), count, used, cache_bytes)
+    pages = Trees(files.map, block.seed, _next_generation(block), count, used, cache_bytes)
     core = _core(files, pages, block, log, _space(files, pages, block), block.space_root)
     return Versions(catalog, core, writable=not files.read_only), refs
 
@@ -97,15 +98,15 @@ def _load_catalog(files: Files, block: Superblock, cache_bytes: int) -> tuple[Ca
     return catalog, refs, slots
 
 
-def _with_all_slots(files: Files, block: Superblock, cache_bytes: int) -> PageFile:
+def _with_all_slots(files: Files, block: Superblock, cache_bytes: int) -> Trees:
     """For reading before it is known which slots are used."""
     every = np.full((block.slots + 63) // 64, (1 << 64) - 1, dtype=np.uint64)
-    return PageFile(files.map, block.seed, _next_generation(block), block.slots, every, cache_bytes)
+    return Trees(files.map, block.seed, _next_generation(block), block.slots, every, cache_bytes)
 
 
 def _core(
     files: Files,
-    pages: PageFile,
+    pages: Trees,
     block: Superblock,
     log: journal.Journal,
     used: npt.NDArray[np.uint64],
@@ -136,7 +137,7 @@ def _words(data: bytes, bits: int) -> npt.NDArray[np.uint64]:
     return out
 
 
-def _space(files: Files, pages: PageFile, block: Superblock) -> npt.NDArray[np.uint64]:
+def _space(files: Files, pages: Trees, block: Superblock) -> npt.NDArray[np.uint64]:
     """The bitmap of used blocks."""
     where = files.path("data")
     if block.end_blocks > os.fstat(files.data).st_size // BLOCK_BYTES:
@@ -250,7 +251,7 @@ def rebuild_state(files: Files, cache_bytes: int) -> Opened:
         log = _read_log(files, block, give_up=True)
         catalog, refs = _load_catalog(files, block, cache_bytes)[:2]
         reached, blocks, lost = _reach(files, block, catalog, refs, cache_bytes)
-        pages = PageFile(files.map, block.seed, _next_generation(block), block.slots, reached, cache_bytes)
+        pages = Trees(files.map, block.seed, _next_generation(block), block.slots, reached, cache_bytes)
         if lost:
             cut = _Cut(pages, block.end_blocks)
             for record in catalog.versions.values():
@@ -280,7 +281,7 @@ def _reach(
 
 
 def _mark(
-    pages: PageFile, block: Superblock, catalog: Catalog, refs: list[int], slots: npt.NDArray[np.uint64]
+    pages: Trees, block: Superblock, catalog: Catalog, refs: list[int], slots: npt.NDArray[np.uint64]
 ) -> tuple[npt.NDArray[np.uint64], bool]:
     """Set the bits of slots that are reached; the bitmap of blocks, and whether something cannot be read."""
     blocks = np.zeros((block.end_blocks + 63) // 64 + 1, dtype=np.uint64)
@@ -303,7 +304,7 @@ def _numbers(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 class _Cut:
     """Makes trees without what cannot be read. Pages that versions share are made once."""
 
-    def __init__(self, pages: PageFile, end_blocks: int) -> None:
+    def __init__(self, pages: Trees, end_blocks: int) -> None:
         self._pages = pages
         self._end_blocks = end_blocks
         self._made: dict[int, int] = {}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,66 +18,30 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from snapcore.blockmap import Failure, PageFile
+from snapcore.blockmap import Trees
+from snapcore.pages import SLOT_BYTES, Failure
 from tests import reference
 from tests.reference import POSITIONS, Tree
+from tests.support.map_file import (
+    CATALOG,
+    SEED,
+    Words,
+    bitmap,
+    files_no_longer_than,
+    members,
+    new_file,
+    opened,
+    reopened,
+    save,
+    slot_of,
+)
 
-SLOT_BYTES = 1040
-SEED = 2**64 - 5
 UNLIMITED = 1 << 20
-CATALOG = 32
-Words = npt.NDArray[np.uint64]
 
-twin = reference.PageFile()
+twin = reference.Trees()
 
 
-def bitmap(slots: int, used: Iterable[int] = ()) -> Words:
-    """A bitmap of slots as the kernel takes it."""
-    words = np.zeros((slots + 63) // 64, dtype=np.uint64)
-    for slot in used:
-        words[slot // 64] |= np.uint64(1 << slot % 64)
-    return words
-
-
-def members(words: Words) -> set[int]:
-    """What is marked in a bitmap."""
-    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
-
-
-def slot_of(ref: int) -> int:
-    """The slot that a reference names."""
-    return ref & (1 << 48) - 1
-
-
-def opened(descriptor: int, slots: int = 3, generation: int = 1, used: Words | None = None, cache: int = 0) -> PageFile:
-    """Pages of a file; of an empty one, if nothing else is said."""
-    return PageFile(descriptor, SEED, generation, slots, bitmap(slots) if used is None else used, cache)
-
-
-@contextmanager
-def new_file() -> Iterator[int]:
-    """An empty file."""
-    with tempfile.TemporaryFile() as file:
-        yield file.fileno()
-
-
-def save(pages: PageFile, descriptor: int) -> None:
-    """Write all that is not written, and begin a new generation."""
-    slots = pages.dirty()
-    pages.freeze()
-    staged = pages.stage(slots).tobytes()
-    for number, slot in enumerate(slots.tolist()):
-        os.pwrite(descriptor, staged[number * SLOT_BYTES : (number + 1) * SLOT_BYTES], slot * SLOT_BYTES)
-    pages.written(slots)
-    pages.release()
-
-
-def reopened(pages: PageFile, descriptor: int, cache: int = 0) -> PageFile:
-    """Another view of a saved file."""
-    return opened(descriptor, pages.slots, pages.generation, pages.used_slots(), cache)
-
-
-def plain(pages: PageFile, root: int) -> Tree:
+def plain(pages: Trees, root: int) -> Tree:
     """What a tree holds, in the words of the twin."""
     rows, resume = pages.runs(root, 0, POSITIONS, UNLIMITED)
     assert resume == POSITIONS
@@ -98,7 +60,7 @@ def exact(numbers: Words) -> set[int]:
     return found
 
 
-def marked(pages: PageFile, roots: Iterable[int], block_limit: int) -> tuple[set[int], set[int]]:
+def marked(pages: Trees, roots: Iterable[int], block_limit: int) -> tuple[set[int], set[int]]:
     """The slots and blocks that trees of one family reach; none of them has a problem."""
     slots, blocks = bitmap(pages.slots), bitmap(block_limit)
     owners = np.zeros(block_limit + pages.slots, dtype=np.uint32)
@@ -107,7 +69,7 @@ def marked(pages: PageFile, roots: Iterable[int], block_limit: int) -> tuple[set
     return members(slots), members(blocks)
 
 
-def walk(pages: PageFile, ref: int, level: int = 4) -> Iterator[tuple[int, int, list[int]]]:
+def walk(pages: Trees, ref: int, level: int = 4) -> Iterator[tuple[int, int, list[int]]]:
     """(level, reference, entries) of every page under a reference."""
     if ref > 2:
         entries = np.frombuffer(pages.get(level, ref), dtype="<u8").tolist()
@@ -145,9 +107,7 @@ def changes(draw: st.DrawFn) -> tuple[str, int, int, int]:
     return ("fill", *draw(st.one_of(ranges(), wide_ranges())), draw(st.integers(0, 1)))
 
 
-def build(
-    pages: PageFile, steps: Iterable[tuple[str, int, int, int]], root: int = 0, tree: Tree = ()
-) -> tuple[int, Tree]:
+def build(pages: Trees, steps: Iterable[tuple[str, int, int, int]], root: int = 0, tree: Tree = ()) -> tuple[int, Tree]:
     """A tree after some changes, and what its twin is."""
     shared, begun = root, tree
     for method, first, count, entry in steps:
@@ -290,7 +250,7 @@ class State:
     slots: int = 3
     generation: int = 0
 
-    def copy(self, pages: PageFile) -> State:
+    def copy(self, pages: Trees) -> State:
         """As it is now."""
         return State(
             dict(self.versions),
@@ -520,13 +480,13 @@ class Family(RuleBasedStateMachine):
         self.state = kept.copy(self.pages)
         self.pending, self.unwritten = None, []
 
-    def opened_durable(self) -> PageFile:
+    def opened_durable(self) -> Trees:
         kept = self.durable
         return opened(self.file.fileno(), kept.slots, kept.generation + 1, kept.used, self.cache)
 
     # What always holds
 
-    def compare(self, pages: PageFile, state: State) -> None:
+    def compare(self, pages: Trees, state: State) -> None:
         for version in state.versions.values():
             assert plain(pages, version.root) == version.tree
         for ref, number in state.others.items():
@@ -564,12 +524,12 @@ TestFamily.settings = settings(stateful_step_count=40)
 class Saved:
     """A saved map file with three trees that share pages, and what they hold."""
 
-    pages: PageFile
+    pages: Trees
     trees: dict[int, Tree]
     other: int
     data: bytes
 
-    def opened(self, data: bytes, descriptor: int) -> PageFile:
+    def opened(self, data: bytes, descriptor: int) -> Trees:
         """The pages of a file with these bytes."""
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, data, 0)
@@ -603,7 +563,7 @@ def saved() -> Saved:
         )
 
 
-Look = Callable[[PageFile, int, int], object]
+Look = Callable[[Trees, int, int], object]
 LOOKS: dict[str, Look] = {
     "lookup": lambda pages, root, other: [pages.lookup(root, at, 200).tolist() for at in (0, 2**21, POSITIONS - 200)],
     "runs": lambda pages, root, other: pages.runs(root, 0, POSITIONS, UNLIMITED)[0].tolist(),
@@ -626,7 +586,7 @@ def attempt(call: Callable[[], Result]) -> Result | Failure:
         return failure
 
 
-def whole(pages: PageFile, call: Callable[[], Result]) -> Result:
+def whole(pages: Trees, call: Callable[[], Result]) -> Result:
     """What a call returns; if it fails and tells of no part, it took and gave up no page."""
     before = (pages.used_slots().tolist(), pages.free_slots, pages.dirty().tolist())
     found = attempt(call)
@@ -636,7 +596,7 @@ def whole(pages: PageFile, call: Callable[[], Result]) -> Result:
     return found
 
 
-def change(pages: PageFile, call: Callable[[], tuple[int, Words]]) -> tuple[list[int], Tree]:
+def change(pages: Trees, call: Callable[[], tuple[int, Words]]) -> tuple[list[int], Tree]:
     """What a change freed, and what the tree holds after it."""
     root, freed = whole(pages, call)
     return freed.tolist(), plain(pages, root)
@@ -734,7 +694,7 @@ class Forged:
     """Pages that somebody wrote who knows how to make checksums."""
 
     file: int
-    pages: PageFile
+    pages: Trees
 
     def put(self, slot: int, kind: int, entries: Sequence[int], generation: int = 1) -> int:
         """Write a page; its reference."""
@@ -886,18 +846,7 @@ def test_a_file_that_cannot_be_read_is_a_failure_with_its_reason(saved: Saved, t
 # No space
 
 
-@contextmanager
-def files_no_longer_than(size_bytes: int) -> Iterator[None]:
-    """As on a file system without space."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def in_the_way(pages: PageFile, room: int) -> None:
+def in_the_way(pages: Trees, room: int) -> None:
     """Fill slots until so many are free."""
     while pages.free_slots > room:
         pages.put(CATALOG, b"in the way")
@@ -971,48 +920,6 @@ def test_a_prune_for_which_there_is_no_space_makes_nothing(
 
 
 # Slots and memory
-
-
-@given(st.integers(3, 200), st.data())
-def test_pages_come_into_the_slots_that_are_free(slots: int, data: st.DataObject) -> None:
-    taken = data.draw(st.sets(st.integers(0, slots - 1)))
-    words = bitmap(slots, taken)
-    if data.draw(st.booleans()) and slots % 64:
-        # Bits behind the last slot count for nothing.
-        words[-1] |= np.uint64((1 << 64) - (1 << slots % 64))
-    with new_file() as file:
-        pages = opened(file, slots, used=words)
-        free = set(range(3, slots)) - taken
-        assert pages.free_slots == len(free)
-        with files_no_longer_than(1000):
-            refs = [pages.put(CATALOG, b"x") for _ in free]
-            with pytest.raises(Failure) as failed:
-                pages.put(CATALOG, b"x")
-        assert failed.value.result == -4
-        assert {slot_of(ref) for ref in refs} == free
-        assert members(pages.used_slots()) == {0, 1, 2, *range(slots)}
-        more = [slot_of(pages.put(CATALOG, b"x")) for _ in range(100)]
-        assert more == list(range(slots, slots + 100))
-        assert pages.free_slots == pages.slots - slots - 100
-
-
-def test_a_page_is_given_up_when_no_checkpoint_needs_it() -> None:
-    with new_file() as file:
-        pages = opened(file, 8)
-        one, two = (pages.put(CATALOG, b"x") for _ in range(2))
-        pages.free_pages(np.array([one], dtype=np.uint64))
-        assert pages.free_slots == 4
-        with pytest.raises(Failure):
-            pages.get(CATALOG, one)
-        save(pages, file)
-        pages.free_pages(np.array([two], dtype=np.uint64))
-        assert pages.free_slots == 4 and members(pages.used_slots()) == {0, 1, 2}
-        pages.release()
-        assert pages.free_slots == 4
-        pages.freeze()
-        assert pages.free_slots == 4
-        pages.release()
-        assert pages.free_slots == 5
 
 
 def test_a_page_that_may_still_change_stays_dirty() -> None:
@@ -1150,64 +1057,6 @@ def test_entries_without_sense_are_refused() -> None:
             pages.exclusive(5, [bad])
 
 
-@pytest.mark.parametrize("kind", [-1, 256, 2**31 - 1])
-def test_a_kind_is_a_byte(kind: int) -> None:
-    with pytest.raises(ValueError, match=f"kind {kind}"):
-        opened(-1).put(kind, b"x")
-
-
-@pytest.mark.parametrize("size_bytes", [0, 1025])
-def test_a_page_holds_1_to_1024_bytes(size_bytes: int) -> None:
-    with pytest.raises(ValueError, match="1 to 1,024 bytes"):
-        opened(-1).put(CATALOG, bytes(size_bytes))
-
-
-@pytest.mark.parametrize("slot", [0, 1, 2, 64, 65, 2**40, 2**48 - 1])
-def test_pages_that_are_none_cannot_be_given_up(slot: int) -> None:
-    with new_file() as file:
-        pages = opened(file, 64)
-        good = pages.put(CATALOG, b"x")
-        with pytest.raises(ValueError, match="refers to no slot"):
-            pages.free_pages(np.array([good, slot | 1 << 48], dtype=np.uint64))
-        assert pages.get(CATALOG, good)[:1] == b"x"
-
-
-def test_a_page_that_is_given_up_twice_is_free_once() -> None:
-    with new_file() as file:
-        pages = opened(file, 64)
-        good, kept = pages.put(CATALOG, b"x"), pages.put(CATALOG, b"y")
-        pages.free_pages(np.array([good, good], dtype=np.uint64))
-        save(pages, file)
-        pages.free_pages(np.array([kept, kept], dtype=np.uint64))
-        save(pages, file)
-        assert members(pages.used_slots()) == {0, 1, 2} and pages.free_slots == 61
-
-
-@pytest.mark.parametrize("slot", [0, 2, 20, 64, 2**64 - 1])
-def test_slots_that_are_not_in_memory_cannot_be_staged(slot: int) -> None:
-    pages = opened(-1, 64)
-    with pytest.raises(ValueError, match=f"slot {slot} is not in memory"):
-        pages.stage(np.array([slot], dtype=np.uint64))
-    pages.written(np.array([slot], dtype=np.uint64))
-
-
-@pytest.mark.parametrize("wrong", [np.zeros(1, dtype=np.int64), np.zeros((1, 1), dtype=np.uint64), np.zeros(4)[::2]])
-def test_arrays_of_another_shape_or_type_are_refused(wrong: npt.NDArray[np.uint64]) -> None:
-    pages = opened(-1)
-    for method in (pages.free_pages, pages.stage, pages.written):
-        with pytest.raises(ValueError, match=r"Buffer|buffer|contiguous"):
-            method(wrong)
-
-
-@pytest.mark.parametrize(
-    ("slots", "words"),
-    [(0, 0), (1, 1), (2, 1), (3, 0), (3, 2), (65, 1), (2**40 + 1, 1), (2**64 - 1, 0), (2**64 - 1, 1)],
-)
-def test_a_bitmap_of_another_length_than_the_file_is_refused(slots: int, words: int) -> None:
-    with pytest.raises(ValueError, match=r"a map file has 3 to|the bitmap of"):
-        PageFile(-1, SEED, 1, slots, np.zeros(words, dtype=np.uint64), 0)
-
-
 def test_mark_wants_room_for_all_slots_and_blocks() -> None:
     pages = opened(-1, 130)
 
@@ -1231,7 +1080,7 @@ def test_a_walk_in_slices_finds_what_one_in_one_go_finds(data: st.DataObject) ->
         walk_in_slices(data, opened(file))
 
 
-def walk_in_slices(data: st.DataObject, pages: PageFile) -> None:
+def walk_in_slices(data: st.DataObject, pages: Trees) -> None:
     """Compare the two ways on trees that share pages."""
     roots = [0]
     positions = st.one_of(st.integers(0, 2000), st.integers(0, 2**35 - 10))

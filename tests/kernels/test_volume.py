@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapcore.blockmap import PageFile
+from snapcore.blockmap import Trees
 from snapcore.volume import Core, LogFull, Volume, read_sectors
 from tests import reference as twin
 
@@ -27,7 +27,7 @@ def new_core(first: int = 0, sectors: int = SECTORS) -> Iterator[tuple[Core, int
     with tempfile.TemporaryFile() as pages, tempfile.TemporaryFile() as data, tempfile.TemporaryFile() as log:
         log.truncate(sectors * 512)
         core = Core(
-            PageFile(pages.fileno(), SEED, 1, 3, np.zeros(1, dtype=np.uint64), 0),
+            Trees(pages.fileno(), SEED, 1, 3, np.zeros(1, dtype=np.uint64), 0),
             data.fileno(),
             log.fileno(),
             None,

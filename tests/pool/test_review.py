@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from snapcore.blockmap import Failure
 from snapcore.errors import Error, NotFoundError, OutOfSpaceError, UsageError
+from snapcore.pages import Failure
 from snapcore.persist import Buffer
 from snapcore.pool import Disk, Pool, check
 from tests.support.mediums import Unsynced
