@@ -346,11 +346,11 @@ def memory(folder: Path) -> None:
 
 def map_terabyte(pool: Pool, disk: Disk) -> None:
     """Map every sixteenth 16th of the disk as writes would, without their data."""
-    core, volume = pool._engine.core, disk._volume
+    volume = disk._volume
     os.truncate(os.path.join(pool.path, "data"), TIB + GIB)
     block = 256
     for position in range(0, 16 * TIB // BLOCK, 16 * 128):
-        core.replay(volume, position, 128, block)
+        volume.replay(position, 128, block)
         block += 128
         if position % (1 << 26) == 0:
             pool._engine.checkpoint()

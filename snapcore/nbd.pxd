@@ -1,8 +1,9 @@
 # The C API of the NBD data path: what an export is, and one connection.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from snapcore.core cimport CoreState, VolumeState, pthread_cond_t
 from snapcore.pages cimport pthread_mutex_t
-from snapcore.volume cimport CoreState, Volume, VolumeState, pthread_cond_t
+from snapcore.volume cimport Volume
 
 
 cdef extern from "<pthread.h>" nogil:

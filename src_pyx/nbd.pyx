@@ -17,14 +17,16 @@ from posix.types cimport off_t
 from posix.unistd cimport pread, pwrite
 
 from snapcore.blockmap cimport ZERO, Runs, tree_difference, tree_runs
+from snapcore.core cimport (
+    BLOCK_BYTES, DETACHED, LIMIT_REACHED, LOG_FULL, NOT_WRITABLE, OUT_OF_RANGE, WOULD_WAIT, WRITE_FAILED, Trouble,
+    pthread_cond_t,
+)
+from snapcore.log cimport log_commit
 from snapcore.pages cimport (
     NO_SPACE, Pages, pages_trim, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock,
 )
-from snapcore.volume cimport (
-    BLOCK_BYTES, DETACHED, LIMIT_REACHED, LOG_FULL, NOT_WRITABLE, OUT_OF_RANGE, WOULD_WAIT, WRITE_FAILED, Trouble,
-    Volume, core_commit, pthread_cond_t, volume_read, volume_write, volume_zero,
-)
+from snapcore.volume cimport Volume, volume_read, volume_write, volume_zero
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t *condition, const void *attributes)
@@ -286,7 +288,7 @@ cdef int _flush(ExportState *target) noexcept nogil:
     cdef int tries = 0
     if target.volume == NULL:
         return EIO if snapcore_file_sync(target.descriptor) else 0
-    while core_commit(target.core, &trouble) < 0:
+    while log_commit(target.core, &trouble) < 0:
         if not _again(target, &trouble, &tries):
             return _error_of(&trouble)
     return 0

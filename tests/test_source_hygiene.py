@@ -34,6 +34,9 @@ WITHOUT_TWIN = {"populate", "Trees.mark"}
 WITHOUT_TWIN |= {f"PageFile.{name}" for name in ("free_pages", "used_slots", "dirty", "freeze", "written", "release")}
 # Classes whose twin is the model of a whole pool: a dict of blocks (tests/pool/test_model.py), or an oracle of bytes.
 MODELLED = {"Core", "Volume", "Export", "Connection"}
+# What they do to space, to the log and to gates, as functions.
+MODELLED |= {"reclaim", "free_blocks", "rewrite", "settle_freed", "used_bitmap", "append_event", "commit", "freeze"}
+MODELLED |= {"release", "close_gates", "open_gates"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "src_pyx").glob("*.pyx"))

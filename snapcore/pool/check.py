@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from snapcore import space
 from snapcore.blockmap import Trees
+from snapcore.core import BLOCK_BYTES
 from snapcore.errors import DamagedError, from_os_error
-from snapcore.pages import Failure
+from snapcore.pages import KIND_BITMAP, Failure
 from snapcore.persist import Medium
 from snapcore.pool import files, recovery
 from snapcore.pool.catalog import Version
-from snapcore.pool.checkpoint import KIND_BITMAP
 from snapcore.pool.engine import Engine
-from snapcore.pool.failures import BLOCK_BYTES, typed
+from snapcore.pool.failures import typed
 from snapcore.pool.versions import Versions
 
 _CACHE_BYTES = 256 << 20
@@ -124,7 +125,7 @@ def _look(versions: Versions, catalog_refs: list[int], found: Checked) -> None:
     """Compare the bitmaps with what is reached."""
     core, pages = versions.core, versions.core.page_file
     marks = Marks(versions, catalog_refs, found)
-    used_slots, used_blocks = pages.used_slots(), core.used_bitmap()
+    used_slots, used_blocks = pages.used_slots(), space.used_bitmap(core)
     found.pages, found.blocks = _count(marks.slots), _count(marks.blocks)
     for name, used, reached in (("slot", used_slots, marks.slots), ("block", used_blocks, marks.blocks)):
         length = min(len(used), len(reached))
@@ -149,7 +150,7 @@ class Marks:
 
     def __init__(self, versions: Versions, catalog_refs: list[int], found: Checked) -> None:
         core, pages = versions.core, versions.core.page_file
-        blocks = max(len(core.used_bitmap()) * 64, 64)
+        blocks = max(len(space.used_bitmap(core)) * 64, 64)
         self.slots = np.zeros((pages.slots + 63) // 64, dtype=np.uint64)
         self.blocks = np.zeros(blocks // 64, dtype=np.uint64)
         owners = np.zeros(blocks + pages.slots, dtype=np.uint32)

@@ -19,16 +19,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from snapcore.pages import PageFile
+from snapcore import log
+from snapcore.core import PIECE_BLOCKS, Core
+from snapcore.pages import KIND_CATALOG, SLOT_BYTES, PageFile
 from snapcore.pool.catalog import Catalog
-from snapcore.pool.files import SLOT_BYTES, Files
+from snapcore.pool.files import Files
 from snapcore.pool.superblock import COPY_BYTES, COPY_OFFSETS, Superblock, checksum
 from snapcore.pool.versions import Versions
-from snapcore.volume import Core
 
-KIND_CATALOG = 32
-KIND_BITMAP = 16
-PIECE_BLOCKS = 8192
 _FIRST_SLOT = 3
 _PIECE_BYTES = 1016
 _WRITE_SLOTS = 1000
@@ -83,7 +81,7 @@ class Checkpointer:
 
     def freeze(self, versions: Versions) -> Frozen:
         """Begin; the caller holds the lock of versions."""
-        generation, dirty, slots, log_next, commit_number, end_blocks, space_root = versions.core.freeze()
+        generation, dirty, slots, log_next, commit_number, end_blocks, space_root = log.freeze(versions.core)
         for ref in self.catalog_refs:
             slot = np.uint64(ref & ((1 << 48) - 1))
             slots[slot >> np.uint64(6)] &= ~(np.uint64(1) << (slot & np.uint64(63)))
@@ -120,7 +118,7 @@ class Checkpointer:
         )
         self._write_superblock(core, superblock)
         pages.free_pages(np.array(self.catalog_refs, dtype=np.uint64))
-        core.release(frozen.log_next)
+        log.release(core, frozen.log_next)
         self.superblock, self.catalog_refs = superblock, refs
         self.keep_back(core)
 

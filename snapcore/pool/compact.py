@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from snapcore import space
+from snapcore.core import BLOCK_BYTES
 from snapcore.errors import from_os_error
+from snapcore.pages import SLOT_BYTES
 from snapcore.pool.engine import Engine
-from snapcore.pool.failures import BLOCK_BYTES, SLOT_BYTES
 
 _SECTOR_BYTES = 512
 _PAGE_BYTES = 4096
@@ -34,7 +36,7 @@ def compact(engine: Engine) -> Compacted:
         before = _host_bytes(files.data) + _host_bytes(files.map)
         engine.sweep()
         with engine.quiet():
-            for start, count in _free_runs(core.used_bitmap(), _blocks(files.data)):
+            for start, count in _free_runs(space.used_bitmap(core), _blocks(files.data)):
                 files.medium.punch(files.data, start * BLOCK_BYTES, count * BLOCK_BYTES)
             for start, count in _free_runs(core.page_file.used_slots(), os.fstat(files.map).st_size // SLOT_BYTES):
                 first = (start * SLOT_BYTES + _PAGE_BYTES - 1) // _PAGE_BYTES * _PAGE_BYTES

@@ -14,15 +14,16 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from snapcore import extents
+from snapcore.core import BLOCK_BYTES, LOG_FULL, LogFull
 from snapcore.errors import Error, NotFoundError, UsageError
 from snapcore.extents import Extents
 from snapcore.pages import Failure
 from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
-from snapcore.pool.failures import BLOCK_BYTES, LOG_FULL, typed
+from snapcore.pool.failures import typed
 from snapcore.pool.transfer import Exported
 from snapcore.progress import ProgressCallback
-from snapcore.volume import LogFull, Volume
+from snapcore.volume import Volume
 
 Result = TypeVar("Result")
 _RUNS = 1 << 16

@@ -13,14 +13,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from snapcore import log, space
+from snapcore.core import LIMIT_REACHED, WRITE_FAILED, Core, LogFull
 from snapcore.errors import Error, NotFoundError, StoreError, from_os_error
-from snapcore.pages import Failure
+from snapcore.pages import NO_SPACE, Failure
 from snapcore.pool import events
 from snapcore.pool.catalog import Catalog
-from snapcore.pool.failures import LIMIT_REACHED, MAP_NO_SPACE, WRITE_FAILED, typed
+from snapcore.pool.failures import typed
 from snapcore.pool.files import Files
 from snapcore.pool.recovery import Opened
-from snapcore.volume import Core, LogFull, Volume
+from snapcore.volume import Volume, close_gates, open_gates
 
 Result = TypeVar("Result")
 _KEEPER_PERIOD_S = 0.25
@@ -97,11 +99,11 @@ class Engine:
         with self.reading(what):
             self._check_open(what or "looking at a map")
             gates = self.versions.heads_beside(versions)
-            self.core.close_gates(gates)
+            close_gates(gates)
             try:
                 yield
             finally:
-                self.core.open_gates(gates)
+                open_gates(gates)
 
     def change(
         self,
@@ -129,7 +131,7 @@ class Engine:
         try:
             return self._change(what, prepare, settle, held if hold else None)
         finally:
-            self.core.open_gates(held)
+            open_gates(held)
 
     def _change(
         self,
@@ -146,7 +148,7 @@ class Engine:
                 ghosts = self._ghosts_of(event)
                 volumes = [self.versions.volume_of(disk) for disk in disks]
                 if held is not None:
-                    self.core.close_gates(volumes)
+                    close_gates(volumes)
                     held += volumes
                 if self._log_and_apply(event, volumes, what):
                     self._fresh_ghosts |= ghosts
@@ -172,16 +174,16 @@ class Engine:
 
     def _log_and_apply(self, event: events.Event, gates: Sequence[Volume], what: str) -> bool:
         """False when the log is full."""
-        self.core.close_gates(gates)
+        close_gates(gates)
         try:
-            self.core.append_event(events.encode(event))
+            log.append_event(self.core, events.encode(event))
             self.versions.apply(event)
         except LogFull:
             return False
         except Failure as failure:
             raise typed(failure, self.folder, what) from None
         finally:
-            self.core.open_gates(gates)
+            open_gates(gates)
         return True
 
     def commit(self, what: str) -> None:
@@ -189,7 +191,7 @@ class Engine:
         self._check_open(what)
         for _ in range(_TRIES):
             try:
-                self.core.commit()
+                log.commit(self.core)
             except LogFull:
                 self.checkpoint()
             except Failure as failure:
@@ -213,25 +215,25 @@ class Engine:
                 self.checkpointer.write(self.versions, frozen, self.limit_bytes, clean=clean)
             except OSError as error:
                 # What is free for good is given back to the host, so that the next one may have more luck.
-                self.core.reclaim()
+                space.reclaim(self.core)
                 raise from_os_error(error, what) from error
             except Failure as failure:
-                self.core.reclaim()
+                space.reclaim(self.core)
                 raise typed(failure, self.folder, what) from None
             self.checkpoints += 1
-            self.core.reclaim()
+            space.reclaim(self.core)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """A moment in which every block and slot is either used or free: after a checkpoint, without a write."""
         with self._checkpoint_lock, self._lock:
             gates = [*self.versions.volumes.values()]
-            self.core.close_gates(gates)
+            close_gates(gates)
             try:
                 self.checkpoint()
                 yield
             finally:
-                self.core.open_gates(gates)
+                open_gates(gates)
 
     def retry(self, failure: Failure) -> bool:
         """Make room for a write that had none; whether it is worth trying again."""
@@ -239,15 +241,15 @@ class Engine:
             self.checkpoint()
             return True
         if failure.result == LIMIT_REACHED or (
-            failure.result in (WRITE_FAILED, MAP_NO_SPACE) and failure.code == errno.ENOSPC
+            failure.result in (WRITE_FAILED, NO_SPACE) and failure.code == errno.ENOSPC
         ):
             core = self.core
             waiting, taken = bool(core.held_blocks or core.reclaimable), core.used_blocks + core.held_blocks
             self.sweep()
             self.commit("making room")
-            core.reclaim()
+            space.reclaim(core)
             return waiting or core.used_blocks + core.held_blocks < taken
-        if failure.result == MAP_NO_SPACE:
+        if failure.result == NO_SPACE:
             free_slots = self.core.page_file.free_slots
             self.sweep()
             self.checkpoint()
@@ -263,7 +265,7 @@ class Engine:
                 if self._sweep_all():
                     return
             except Failure as failure:
-                if failure.result == MAP_NO_SPACE:
+                if failure.result == NO_SPACE:
                     return
                 raise typed(failure, self.folder, f"sweeping the pool {self.folder}") from None
             self.checkpoint()
@@ -274,11 +276,11 @@ class Engine:
             while not self._closed and (version := self._next_to_sweep()):
                 inside, beside = self.catalog.part([version])
                 gates = self.versions.heads_beside([*inside, *beside])
-                self.core.close_gates(gates)
+                close_gates(gates)
                 try:
                     plan = self.versions.plan_sweep(version)
                     try:
-                        self.core.append_event(events.encode(events.Sweep(version)))
+                        log.append_event(self.core, events.encode(events.Sweep(version)))
                     except Failure:
                         self.versions.drop_plan(plan, version)
                         raise
@@ -286,7 +288,7 @@ class Engine:
                 except LogFull:
                     return False
                 finally:
-                    self.core.open_gates(gates)
+                    open_gates(gates)
         return True
 
     def _next_to_sweep(self) -> int:
@@ -311,7 +313,7 @@ class Engine:
                     self.sweep()
                     self.checkpoint()
                 elif self.core.reclaimable:
-                    self.core.reclaim()
+                    space.reclaim(self.core)
 
     def close(self) -> None:
         """Make everything durable and let go of the files. After a failure nothing is written."""

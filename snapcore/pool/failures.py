@@ -5,6 +5,22 @@ from __future__ import annotations
 import errno
 import os
 
+from snapcore.core import (
+    BACKING_CHANGED,
+    BACKING_READ_FAILED,
+    BLOCK_BYTES,
+    BLOCK_OUTSIDE,
+    DATA_LOST,
+    DATA_READ_FAILED,
+    DETACHED,
+    LIMIT_REACHED,
+    LOG_FULL,
+    NOT_CONSISTENT,
+    NOT_WRITABLE,
+    OUT_OF_RANGE,
+    STOPPED,
+    WRITE_FAILED,
+)
 from snapcore.errors import (
     DamagedError,
     Error,
@@ -16,30 +32,9 @@ from snapcore.errors import (
     StoreError,
     UsageError,
 )
-from snapcore.pages import Failure
-
-SLOT_BYTES = 1040
-BLOCK_BYTES = 4096
-
-# Results of the kernels: snapcore/blockmap.pxd and snapcore/volume.pxd.
-MAP_READ_FAILED = -2
-MAP_DAMAGED = -3
-MAP_NO_SPACE = -4
-LOG_FULL = -5
-WRITE_FAILED = -6
-STOPPED = -7
-DETACHED = -8
-LIMIT_REACHED = -9
-DATA_READ_FAILED = -10
-BACKING_READ_FAILED = -11
-BACKING_CHANGED = -12
-OUT_OF_RANGE = -13
-NOT_WRITABLE = -14
-BLOCK_OUTSIDE = -15
-DATA_LOST = -16
+from snapcore.pages import DAMAGED, NO_SPACE, READ_FAILED, SLOT_BYTES, Failure
 
 _FULL = {28, 122, 27}  # ENOSPC, EDQUOT, EFBIG
-_NOT_CONSISTENT = 117
 
 
 def typed(failure: Failure, folder: str, what: str, backing: str = "") -> Error:
@@ -85,7 +80,7 @@ def _write_failed(case: _Case) -> Error:
 def _stopped(case: _Case) -> Error:
     if case.code == errno.ESHUTDOWN:
         return NotFoundError(f"{case.what}: the pool {case.folder} is closed")
-    if case.code == _NOT_CONSISTENT:
+    if case.code == NOT_CONSISTENT:
         return DamagedError(
             f"{case.what}: the pool {case.folder} has stopped writing: its map frees what is free already; "
             f"close it and run `snapcore pool check {case.folder}`"
@@ -104,9 +99,9 @@ def _changed(case: _Case) -> Error:
 
 
 _OF_MAP = {
-    MAP_READ_FAILED: lambda case: ReadError(case.map, case.where * SLOT_BYTES, SLOT_BYTES, case.code, case.reason),
-    MAP_DAMAGED: _map_damaged,
-    MAP_NO_SPACE: lambda case: OutOfSpaceError(
+    READ_FAILED: lambda case: ReadError(case.map, case.where * SLOT_BYTES, SLOT_BYTES, case.code, case.reason),
+    DAMAGED: _map_damaged,
+    NO_SPACE: lambda case: OutOfSpaceError(
         f"{case.what}: no space to grow {case.map} ({case.reason}); free some and try again"
     ),
     BLOCK_OUTSIDE: _outside,

@@ -13,7 +13,6 @@ from snapcore.persist import Medium
 from snapcore.pool.superblock import COPY_BYTES, COPY_OFFSETS, FILE_BYTES, Superblock
 
 SECTOR_BYTES = 512
-SLOT_BYTES = 1040
 _ZEROS = bytes(1 << 20)
 
 

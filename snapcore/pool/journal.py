@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from snapcore.errors import DamagedError, ReadError
+from snapcore.log import read_sectors
 from snapcore.pool import events
 from snapcore.pool.superblock import Superblock
-from snapcore.volume import read_sectors
 
 SECTOR_BYTES = 512
 _HEADER_BYTES = 24

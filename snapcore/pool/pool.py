@@ -15,6 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from snapcore import extents
+from snapcore.core import BLOCK_BYTES
 from snapcore.errors import (
     BusyError,
     ExistsError,
@@ -32,7 +33,6 @@ from snapcore.pool.checkpoint import first_map
 from snapcore.pool.compact import Compacted, compact
 from snapcore.pool.disk import Disk, Readable, Snapshot, SnapshotRef
 from snapcore.pool.engine import Engine
-from snapcore.pool.failures import BLOCK_BYTES
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
 from snapcore.pool.versions import backing_of

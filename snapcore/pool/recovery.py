@@ -11,21 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from snapcore import space
 from snapcore.blockmap import Trees
+from snapcore.core import BLOCK_BYTES, OUT_OF_RANGE, PIECE_BLOCKS, Core
 from snapcore.errors import DamagedError
-from snapcore.pages import Failure
+from snapcore.pages import KIND_BITMAP, SLOT_BYTES, Failure
 from snapcore.persist import Medium
 from snapcore.pool import catalog as catalogs
 from snapcore.pool import events, journal, superblock
 from snapcore.pool.catalog import MAX_ID, Catalog
-from snapcore.pool.checkpoint import KIND_BITMAP, PIECE_BLOCKS, Checkpointer, get_catalog
-from snapcore.pool.failures import OUT_OF_RANGE, typed
-from snapcore.pool.files import SLOT_BYTES, Files
+from snapcore.pool.checkpoint import Checkpointer, get_catalog
+from snapcore.pool.failures import typed
+from snapcore.pool.files import Files
 from snapcore.pool.superblock import Superblock
 from snapcore.pool.versions import Versions
-from snapcore.volume import Core
 
-BLOCK_BYTES = 4096
 LEVELS = 5
 LOST = 2
 _SLOT_MASK = (1 << 48) - 1
@@ -191,7 +191,7 @@ def _replay(versions: Versions, log: journal.Journal, where: str) -> None:
     for record in log.records(where):
         try:
             if isinstance(record, journal.Map):
-                versions.core.replay(versions.volumes[record.version], record.position, record.count, record.entry)
+                versions.volumes[record.version].replay(record.position, record.count, record.entry)
             else:
                 _check_event(record, versions.catalog)
                 versions.apply(record)
@@ -201,7 +201,7 @@ def _replay(versions: Versions, log: journal.Journal, where: str) -> None:
             if failure.result == OUT_OF_RANGE:
                 raise _misfit(where, f"block {failure.slot} is not inside of its disk") from None
             raise
-    versions.core.settle_freed()
+    space.settle_freed(versions.core)
     if log.commits:
         catalogs.check(versions.catalog, where)
 
@@ -260,7 +260,7 @@ def rebuild_state(files: Files, cache_bytes: int) -> Opened:
             _mark(pages, block, catalog, refs, now)
             pages.free_pages(_numbers(pages.used_slots() & ~now))
         core = _core(files, pages, block, log, blocks, 0)
-        core.rewrite_space()
+        space.rewrite(core)
         versions = Versions(catalog, core)
     except Failure as failure:
         raise typed(failure, files.folder, f"repairing the pool {files.folder}") from None

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from snapcore import extents, scan
+from snapcore.core import BLOCK_BYTES
 from snapcore.errors import Error, RefusedError, UsageError
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
-from snapcore.pool.failures import BLOCK_BYTES
 from snapcore.progress import Meter, ProgressCallback
 from snapcore.source.interface import Source
 from snapcore.source.raw import open_source

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snapcore.core import BLOCK_BYTES
+from snapcore.pages import SLOT_BYTES
 from snapcore.pool.engine import Engine
-from snapcore.pool.failures import BLOCK_BYTES, SLOT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from snapcore import space
+from snapcore.core import Core
 from snapcore.pool import events
 from snapcore.pool.catalog import Backing, Catalog, DiskRecord, Group, Version
-from snapcore.volume import Core, Volume
+from snapcore.volume import Volume
 
 NO_BACKING = -1
 LOST_BACKING = -2
@@ -351,7 +353,7 @@ class Versions:
     def sweep(self, plan: SweepPlan) -> None:
         """Do what was planned."""
         catalog = self.catalog
-        self.core.free_blocks(plan.blocks)
+        space.free_blocks(self.core, plan.blocks)
         self.core.page_file.free_pages(plan.pages)
         touched: set[int] = set()
         for version, root in plan.roots.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from snapcore import log, space
 from snapcore.errors import Error, NotFoundError, OutOfSpaceError, UsageError
 from snapcore.pages import Failure
 from snapcore.persist import Buffer
@@ -145,7 +146,7 @@ def test_after_a_close_that_failed_no_file_is_touched(folder: Path) -> None:
         pool.close()
     assert core.failed == errno.ESHUTDOWN
     with pytest.raises(Failure):
-        core.commit()
+        log.commit(core)
     with pytest.raises(NotFoundError):
         disk.pwrite(b"y", 0)
     with pytest.raises(NotFoundError):
@@ -184,7 +185,7 @@ def test_the_collector_may_free_a_volume_whenever_the_map_is_looked_at(folder: P
 
     with Pool.create(folder / "pool", background=False) as pool:
         disk = pool.create_disk("disk", MIB)
-        look = pool._engine.core.used_bitmap
+        core = pool._engine.core
         before = gc.get_threshold()
         ended = threading.Event()
 
@@ -200,7 +201,7 @@ def test_the_collector_may_free_a_volume_whenever_the_map_is_looked_at(folder: P
                 del snapshot, knot
                 gc.set_threshold(gc.get_count()[0] + number)
                 gc.enable()
-                look()
+                space.used_bitmap(core)
                 gc.set_threshold(*before)
             ended.set()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from snapcore import space
 from snapcore.pool import Pool
 
 BLOCK_BYTES = 4096
@@ -42,7 +43,7 @@ def reached(pool: Pool) -> Reached:
     engine = pool._engine
     core = engine.core
     pages = core.page_file
-    used_blocks = core.used_bitmap()
+    used_blocks = space.used_bitmap(core)
     limit = core.end_blocks
     slots = np.zeros((pages.slots + 63) // 64, dtype=np.uint64)
     blocks = np.zeros(len(used_blocks), dtype=np.uint64)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from snapcore import space
 from snapcore.persist import Medium
 from snapcore.pool import Disk, Pool, Snapshot
 from tests.support.pools import SMALL_LOG_BYTES, reached
@@ -198,7 +199,7 @@ class Work:
 
         def work() -> None:
             self.pool.flush()
-            self.pool._engine.core.reclaim()
+            space.reclaim(self.pool._engine.core)
 
         self._step("reclaim", work)
 
