@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -18,7 +16,6 @@ from snapcore import extents
 from snapcore.core import BLOCK_BYTES
 from snapcore.errors import (
     BusyError,
-    ExistsError,
     NotFoundError,
     RefusedError,
     UnsupportedFormatError,
@@ -27,27 +24,24 @@ from snapcore.errors import (
 )
 from snapcore.extents import Extents
 from snapcore.persist import Medium
-from snapcore.pool import events, files, recovery, transfer
-from snapcore.pool.catalog import Backing, Catalog, Version
+from snapcore.pool import changes, events, files, recovery, transfer
+from snapcore.pool.catalog import Catalog, Version
 from snapcore.pool.checkpoint import first_map
 from snapcore.pool.compact import Compacted, compact
 from snapcore.pool.disk import Disk, Readable, Snapshot, SnapshotRef
 from snapcore.pool.engine import Engine
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
-from snapcore.pool.versions import backing_of
 from snapcore.progress import ProgressCallback
 from snapcore.source import interface as images
 
 VersionRef = Snapshot | Disk | str | int
 Source = Snapshot | Disk | str | os.PathLike[str]
 
-MAX_SIZE_BYTES = 1 << 47
 MAX_GROUP = 128
 _LOG_BYTES = 8 << 20
 _CACHE_BYTES = 256 << 20
 _DIFF_RUNS = 1 << 16
-_NAME = re.compile(r"[^\W\d_][^\x00-\x1f/]{0,127}")
 
 
 class Pool:
@@ -189,7 +183,6 @@ class Pool:
 
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int) -> None:
-        """Set it, durably; nothing goes because of it."""
         """Set it, durably; what is taken already stays."""
         if limit_bytes < 0:
             raise UsageError("a limit is not negative")
@@ -299,19 +292,13 @@ class Pool:
         if isinstance(found, Disk):
             return self._clone(found, name, size_bytes)
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], int]:
-            self._check_new_name(catalog, name)
-            number, version = catalog.next_id, catalog.next_id + 1
-            parent, backing, least = 0, None, 0
+        def prepare(catalog: Catalog) -> changes.Prepared[int]:
+            changes.check_new_name(catalog, self.path, name)
+            if found is None:
+                return changes.make_disk(catalog, name, size_bytes)
             if isinstance(found, Snapshot):
-                record = self._find(catalog, found)
-                parent, least = record.id, record.size_bytes
-            elif found is not None:
-                backing = self._backing(found, catalog.next_id + 2)
-                least = backing.size_bytes
-            size = _checked_size(name, size_bytes, least, None if found is None else str(source))
-            event = events.MakeDisk(number, version, name, size, time.time_ns(), parent, backing)
-            return event, [], number
+                return changes.make_disk_from(catalog, name, size_bytes, self._find(catalog, found), str(source))
+            return changes.make_disk_over(catalog, name, size_bytes, found, str(source))
 
         number = self._engine.change(f"making disk {name!r}", prepare)
         return Disk(self, self._engine, number)
@@ -329,25 +316,6 @@ class Pool:
         if os.path.exists(source):
             return source
         raise NotFoundError(f"there is no snapshot, disk or image {source!r}")
-
-    def _backing(self, path: str, number: int) -> Backing:
-        try:
-            found = backing_of(path, number)
-        except OSError as error:
-            raise from_os_error(error, f"opening the image {path}") from error
-        if not _is_text(found.path):
-            raise UsageError(f"{found.path!r} cannot be under a disk: its name is no UTF-8; rename or import it")
-        if not os.path.isfile(path) or not found.size_bytes:
-            raise UsageError(
-                f"{path} cannot be under a disk: it is no regular file, or an empty one; import it instead"
-            )
-        return found
-
-    def _check_new_name(self, catalog: Catalog, name: str) -> None:
-        if not _is_name(name):
-            raise UsageError(f"{name!r} is no name for a disk: a letter first, at most 128 characters, no slash")
-        if any(record.name == name for record in catalog.disks.values()):
-            raise ExistsError(f"there is a disk {name!r} in {self.path} already; choose another name")
 
     def import_image(
         self,
@@ -382,7 +350,7 @@ class Pool:
         """
         self._writable(f"importing disk {name!r}")
         with self._reading() as catalog:
-            self._check_new_name(catalog, name)
+            changes.check_new_name(catalog, self.path, name)
         return transfer.import_image(
             self,
             name,
@@ -394,13 +362,9 @@ class Pool:
         )
 
     def _clone(self, source: Disk, name: str, size_bytes: int | None) -> Disk:
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], int]:
-            self._check_new_name(catalog, name)
-            record = catalog.disks[self._number(catalog, source)]
-            size = _checked_size(name, size_bytes, catalog.versions[record.head].size_bytes, source.name)
-            number = catalog.next_id
-            event = events.Clone(record.id, number + 1, number, number + 2, name, time.time_ns(), size)
-            return event, [record.id], number
+        def prepare(catalog: Catalog) -> changes.Prepared[int]:
+            changes.check_new_name(catalog, self.path, name)
+            return changes.clone(catalog, self._number(catalog, source), name, size_bytes)
 
         number = self._engine.change(f"cloning disk {source.name!r}", prepare)
         return Disk(self, self._engine, number)
@@ -434,27 +398,14 @@ class Pool:
         self._writable(what)
         if not 1 <= len(found) <= MAX_GROUP or len({disk.id for disk in found}) < len(found):
             raise UsageError(f"a group has 1 to {MAX_GROUP} disks, each once")
-        if name is not None and not _is_name(name):
-            raise UsageError(f"{name!r} is no name for a snapshot: a letter first, at most 128 characters, no slash")
+        changes.check_name_of_snapshot(name)
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], list[int]]:
-            numbers = [self._number(catalog, disk) for disk in found]
-            for number in numbers:
-                self._check_snapshot_name(catalog, number, name)
-            first = catalog.next_id + 1
-            versions = [first + i for i in range(len(numbers))]
-            cuts = [(number, version, name or "") for number, version in zip(numbers, versions, strict=True)]
-            group = catalog.next_id if len(numbers) > 1 else 0
-            return events.Cut(cuts, time.time_ns(), group, (name or "") if group else ""), numbers, versions
+        def prepare(catalog: Catalog) -> changes.Prepared[list[int]]:
+            return changes.cut(catalog, [self._number(catalog, disk) for disk in found], name)
 
         versions = self._engine.change(what, prepare)
         with self._reading() as catalog:
             return [self._snapshot(self._find(catalog, version)) for version in versions]
-
-    def _check_snapshot_name(self, catalog: Catalog, disk: int, name: str | None) -> None:
-        for record in catalog.of_kind("snapshot") if name is not None else ():
-            if record.disk == disk and record.name == name:
-                raise ExistsError(f"disk {record.disk_name!r} has a snapshot {name!r} already; choose another name")
 
     # Changing
 
@@ -462,17 +413,10 @@ class Pool:
         """What `Disk.rollback` does."""
         self._writable(f"rolling back disk {disk.name!r}")
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+        def prepare(catalog: Catalog) -> changes.Prepared[None]:
             number = self._number(catalog, disk)
             self._check_free(number, f"rolling back disk {disk.name!r}")
-            record = self._find(catalog, snapshot, number)
-            if record.disk != number:
-                raise RefusedError(
-                    f"snapshot {record.name or record.id} is of disk {record.disk_name!r}, not of {disk.name!r}; "
-                    "make a new disk from it instead"
-                )
-            event = events.Rehead(number, catalog.next_id, record.id, record.size_bytes, record.backing)
-            return event, [number], None
+            return changes.roll_back(catalog, number, self._find(catalog, snapshot, number))
 
         self._engine.change(f"rolling back disk {disk.name!r}", prepare)
         self._engine.sweep()
@@ -481,25 +425,10 @@ class Pool:
         """What `Disk.reset` does."""
         self._writable(f"resetting disk {disk.name!r}")
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+        def prepare(catalog: Catalog) -> changes.Prepared[None]:
             number = self._number(catalog, disk)
             self._check_free(number, f"resetting disk {disk.name!r}")
-            record = catalog.disks[number]
-            size = catalog.versions[record.head].size_bytes
-            parent = backing = 0
-            if record.origin_kind == "disk":
-                raise RefusedError(
-                    f"disk {disk.name!r} is a clone of a live disk, of which no snapshot was kept; "
-                    "clone from a snapshot to be able to reset"
-                )
-            if record.origin_kind == "snapshot":
-                origin = catalog.versions.get(record.origin)
-                if origin is None or origin.kind != "snapshot":
-                    raise RefusedError(f"the snapshot {record.origin} that disk {disk.name!r} came from was deleted")
-                parent, backing = origin.id, origin.backing
-            elif record.origin_kind == "image":
-                backing = record.origin
-            return events.Rehead(number, catalog.next_id, parent, size, backing), [number], None
+            return changes.reset(catalog, number)
 
         self._engine.change(f"resetting disk {disk.name!r}", prepare)
         self._engine.sweep()
@@ -508,11 +437,8 @@ class Pool:
         """What `Disk.resize` does."""
         self._writable(f"resizing disk {disk.name!r}")
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
-            number = self._number(catalog, disk)
-            least = catalog.versions[catalog.disks[number].head].size_bytes
-            size = _checked_size(disk.name, size_bytes, least, "itself: disks only grow")
-            return events.Resize(number, size), [number], None
+        def prepare(catalog: Catalog) -> changes.Prepared[None]:
+            return changes.resize(catalog, self._number(catalog, disk), size_bytes)
 
         # Behind the old end the last block holds zeros: nobody could write there, not even before a crash.
         self._engine.change(f"resizing disk {disk.name!r}", prepare, hold=True)
@@ -521,8 +447,8 @@ class Pool:
         """Give a disk another name; its snapshots remember the one that it had."""
         self._writable(f"renaming disk {disk.name!r}")
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
-            self._check_new_name(catalog, name)
+        def prepare(catalog: Catalog) -> changes.Prepared[None]:
+            changes.check_new_name(catalog, self.path, name)
             return events.Rename(self._number(catalog, disk), name), [], None
 
         self._engine.change(f"renaming disk {disk.name!r}", prepare)
@@ -534,7 +460,7 @@ class Pool:
         found = disk if isinstance(disk, Disk) else self.open_disk(disk)
         self._writable(f"deleting disk {found.name!r}")
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], None]:
+        def prepare(catalog: Catalog) -> changes.Prepared[None]:
             number = self._number(catalog, found)
             self._check_free(number, f"deleting disk {found.name!r}")
             return events.DeleteDisk(number), [number], None
@@ -553,11 +479,8 @@ class Pool:
         if not refs:
             return
 
-        def prepare(catalog: Catalog) -> tuple[events.Event, list[int], list[int]]:
-            versions = sorted({self._find(catalog, ref).id for ref in refs})
-            beside = catalog.part(versions)[1]
-            heads = {catalog.versions[version].disk for version in beside if catalog.versions[version].kind == "head"}
-            return events.Delete(versions), sorted(heads), versions
+        def prepare(catalog: Catalog) -> changes.Prepared[list[int]]:
+            return changes.delete(catalog, {self._find(catalog, ref).id for ref in refs})
 
         self._engine.change("deleting snapshots", prepare, self._detach_readers)
         self._engine.sweep()
@@ -690,30 +613,9 @@ class Pool:
             raise BusyError(f"{doing}: it is in use by {', '.join(holders)}; disconnect there first")
 
 
-def _is_name(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None and _is_text(name)
-
-
-def _is_text(name: str) -> bool:
-    """Whether it can be stored: names of files that are no UTF-8 hold what is no character."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
 def _at(catalog: Catalog, version: Readable) -> int:
     """The number of a version that is still there."""
     record = catalog.versions.get(version._volume.version)
     if record is None or record.kind == "ghost":
         raise NotFoundError(f"{version._what()}: it was deleted")
     return record.id
-
-
-def _checked_size(name: str, size_bytes: int | None, least: int, source: str | None) -> int:
-    if size_bytes is None:
-        if source is None:
-            raise UsageError(f"disk {name!r} needs a size")
-        return least
-    if not 0 < size_bytes <= MAX_SIZE_BYTES:
-        raise UsageError(f"disk {name!r}: a size is 1 to {MAX_SIZE_BYTES} bytes, not {size_bytes}")
-    if size_bytes < least:
-        raise UsageError(f"disk {name!r}: {size_bytes} bytes are less than the {least} of {source}")
-    return size_bytes

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from snapcore import space
 from snapcore.core import Core
 from snapcore.pool import events
-from snapcore.pool.catalog import Backing, Catalog, DiskRecord, Group, Version
+from snapcore.pool.catalog import Catalog, DiskRecord, Group, Version
 from snapcore.volume import Volume
 
 NO_BACKING = -1
@@ -395,9 +395,3 @@ class Versions:
         inside, beside = self.catalog.part(versions)
         blocks, _ = self._only_in(inside, [self.root(other) for other in beside])
         return len(blocks)
-
-
-def backing_of(path: str, number: int) -> Backing:
-    """The record of an image as it is now."""
-    status = os.stat(path)
-    return Backing(number, os.path.abspath(path), status.st_size, status.st_mtime_ns)
