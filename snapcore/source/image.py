@@ -1,7 +1,8 @@
 """Disk images of any format: which one a file has, and opening it with the files below it.
 
-The name of a file decides its format and its first bytes must agree: a guest can write the header of another format into
-its own raw disk (docs/DESIGN.md, "Image formats"). Files below an image are opened only where the caller says they may lie.
+The name of a file decides its format and its first bytes must agree: a guest can write the header of another format
+into its own raw disk (docs/DESIGN.md, "Image formats"). Files below an image are opened only where the caller says
+they may lie.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def format_of_name(path: str | os.PathLike[str]) -> str:
 @contextmanager
 def open_image(
     path: str | os.PathLike[str],
-    format: str | None = None,  # noqa: A002 - what everybody calls it
+    format: str | None = None,
     *,
     backing_folders: Sequence[str | os.PathLike[str]] = (),
     allow_changing: bool = False,
@@ -98,8 +99,8 @@ def _agreed_format(source: RawSource) -> str:
     if found == RAW:
         raise RefusedError(f"{source.name} does not begin as {named}; if it is a raw image, say --format raw")
     raise RefusedError(
-        f"{source.name} begins as {found}, and its name does not say so; say --format {found}, or --format raw for a raw "
-        "disk whose guest may have written that"
+        f"{source.name} begins as {found}, and its name does not say so; say --format {found}, or --format raw for "
+        "a raw disk whose guest may have written that"
     )
 
 
@@ -151,8 +152,8 @@ class _Chain:
         path = os.path.realpath(os.path.join(os.path.dirname(os.path.realpath(file.name)), name))
         if not any(path.startswith(os.path.join(folder, "")) for folder in self._folders):
             raise RefusedError(
-                f"{file.name} has the backing file {path}, and no backing files may be opened there; if you trust the image, "
-                f"allow it with --backing-in {os.path.dirname(path)}"
+                f"{file.name} has the backing file {path}, and no backing files may be opened there; if you trust "
+                f"the image, allow it with --backing-in {os.path.dirname(path)}"
             )
         if not backing.format:
             raise RefusedError(

@@ -1,9 +1,9 @@
 """A disk whose units lie anywhere in a file: what all image formats have in common.
 
-A format cuts its disk into units of one size and turns a page of its tables into `Units`: of what kind each is, and where
-it lies. It checks all places of a page when it loads it, so what is read later lies within the file. This module looks
-units up, joins neighbours that continue each other into one read, and unpacks packed ones on the thread that reads. It
-keeps pages in memory up to a bound.
+A format cuts its disk into units of one size and turns a page of its tables into `Units`: of what kind each is, and
+where it lies. It checks all places of a page when it loads it, so what is read later lies within the file. This module
+looks units up, joins neighbours that continue each other into one read, and unpacks packed ones on the thread that
+reads. It keeps pages in memory up to a bound.
 """
 
 from __future__ import annotations
@@ -257,9 +257,7 @@ def _runs(
     goes_on &= (kinds[1:] != PACKED) | (packs[1:] == packs[:-1])
     starts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
     counts = np.diff(starts, append=len(kinds))
-    yield from zip(
-        kinds[starts].tolist(), places[starts].tolist(), starts.tolist(), counts.tolist(), strict=True
-    )
+    yield from zip(kinds[starts].tolist(), places[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
 
 
 def _clear(target: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""Packed units of image formats: deflate and Zstandard, with bounds on what comes out. All of it runs without the GIL."""
+"""Packed units of image formats: deflate and Zstandard, bounded in what comes out. All of it runs without the GIL."""
 
 from __future__ import annotations
 

@@ -132,7 +132,9 @@ def _read_features(container: Container, cluster_bits: int) -> tuple[int, int, i
     if compression > 1:
         raise _unsupported(container, f"has the compression type {compression}, which is unknown")
     if bool(compression) != bool(features & INCOMPATIBLE_COMPRESSION):
-        raise container.error(104, f"compression type {compression} and the features {features:#x} contradict each other")
+        raise container.error(
+            104, f"compression type {compression} and the features {features:#x} contradict each other"
+        )
     return features, length, compression
 
 

@@ -1,8 +1,8 @@
 """Reading VHD, fixed and dynamic, as Microsoft's "Virtual Hard Disk Image Format Specification" of 2006 describes it.
 
-A fixed disk is the disk and a footer of 512 bytes. A dynamic one has a copy of the footer in front, a header, a table of
-32-bit sector numbers, and for each block that is there a bitmap of its sectors and the block. A sector that was never
-written is zero in its block too, so the bitmap says nothing that reading needs. All numbers are big-endian.
+A fixed disk is the disk and a footer of 512 bytes. A dynamic one has a copy of the footer in front, a header, a table
+of 32-bit sector numbers, and for each block that is there a bitmap of its sectors and the block. A sector that was
+never written is zero in its block too, so the bitmap says nothing that reading needs. All numbers are big-endian.
 """
 
 from __future__ import annotations

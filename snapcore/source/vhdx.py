@@ -6,8 +6,8 @@
 | 64 KiB, 128 KiB | two headers; the one with the higher number that matches its checksum counts |
 | 192 KiB, 256 KiB | two copies of the region table: where the block table and the metadata are |
 
-The block table has an entry for each block and, after each `ratio` of them, one for the bitmap of their sectors, which only
-differencing disks use. All numbers are little-endian, checksums are CRC-32C.
+The block table has an entry for each block and, after each `ratio` of them, one for the bitmap of their sectors, which
+only differencing disks use. All numbers are little-endian, checksums are CRC-32C.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _PARENT = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c")
 _KNOWN_ITEMS = {_FILE_PARAMETERS, _DISK_SIZE, _DISK_ID, _SECTOR_SIZE, _PHYSICAL_SECTOR_SIZE, _PARENT}
 _HAS_PARENT = 1 << 1
 
-# States of a block: in the file, or one of those that read as zeros (absent, undefined, zero, unmapped: 5 is what drafts
-# of the format had for 3).
+# States of a block: in the file, or one of those that read as zeros (absent, undefined, zero, unmapped; 5 is what
+# drafts of the format had for 3).
 _PRESENT = 6
 _ABSENT = (0, 1, 2, 3, 5)
 
@@ -131,8 +131,8 @@ def _check_header(container: Container) -> None:
         raise UnsupportedFormatError(f"{container.name} is VHDX of version {version}, and only version 1 is read")
     if any(log_id):  # type: ignore[arg-type]
         raise RefusedError(
-            f"{container.name} has a log that was not replayed: it was not closed well. Open it once for writing where it "
-            "came from, or with `qemu-img check -r all`, and try again"
+            f"{container.name} has a log that was not replayed: it was not closed well. Open it once for writing "
+            "where it came from, or with `qemu-img check -r all`, and try again"
         )
 
 
@@ -200,7 +200,7 @@ def _read_items(container: Container, region: Region) -> dict[uuid.UUID, Region]
             if flags & _METADATA_REQUIRED:
                 raise UnsupportedFormatError(f"{container.name} needs the metadata {name}, which are unknown")
             continue
-        inside = _METADATA_TABLE_BYTES <= offset and offset + length <= region.length
+        inside = offset >= _METADATA_TABLE_BYTES and offset + length <= region.length
         if name in items or not inside or length > _METADATA_ITEM_LIMIT_BYTES:
             raise container.error(region.offset + place, f"the item {name} of {length} bytes at {offset} cannot be")
         items[name] = Region(region.offset + offset, length)

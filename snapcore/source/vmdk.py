@@ -67,7 +67,9 @@ def read_header(container: Container) -> Header:
 
 def _read_header(container: Container, at: int) -> Header:
     if container.read(0, 4, "the header") == DESCRIPTOR_MAGIC[:4]:
-        raise UnsupportedFormatError(f"{container.name} is a text that names other files; only VMDK of one file is read")
+        raise UnsupportedFormatError(
+            f"{container.name} is a text that names other files; only VMDK of one file is read"
+        )
     magic, version, flags, capacity, grain, descriptor, length, entries, _, directory, _, _, ends, algorithm = (
         HEADER.unpack(container.read(at, HEADER.size, "the header"))
     )
@@ -130,7 +132,8 @@ class VmdkImage(MappedImage):
         if bad.any():
             slot = int(bad.argmax())
             raise self.container.error(
-                at + slot * 4, f"grain {int(units[slot])} is said to lie at sector {int(sectors[slot])}, not in the file"
+                at + slot * 4,
+                f"grain {int(units[slot])} is said to lie at sector {int(sectors[slot])}, not in the file",
             )
         kinds = np.full(count, BELOW, dtype=np.uint8)
         kinds[zero], kinds[data] = ZERO, PACKED if self._header.flags & COMPRESSED else DATA
