@@ -18,6 +18,7 @@ from snapcore.errors import (
     Error,
     ExistsError,
     FencedError,
+    ImageError,
     MissingObjectError,
     NotFoundError,
     OutOfSpaceError,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
         Verified,
     )
     from snapcore.server import NbdServer
-    from snapcore.source import Source
+    from snapcore.source import Source, Written, open_image, send_image, write_image
     from snapcore.source.compare import diff_images
     from snapcore.store import LocalStore, MemoryStore, Store
 
@@ -59,6 +60,7 @@ __all__ = [
     "Error",
     "ExistsError",
     "FencedError",
+    "ImageError",
     "LocalStore",
     "Manifest",
     "MemoryStore",
@@ -85,7 +87,11 @@ __all__ = [
     "Usage",
     "UsageError",
     "Verified",
+    "Written",
     "diff_images",
+    "open_image",
+    "send_image",
+    "write_image",
 ]
 
 _HOMES = {
@@ -109,7 +115,11 @@ _HOMES = {
     "Store": "snapcore.store",
     "Usage": "snapcore.repository",
     "Verified": "snapcore.repository",
+    "Written": "snapcore.source",
     "diff_images": "snapcore.source.compare",
+    "open_image": "snapcore.source",
+    "send_image": "snapcore.source",
+    "write_image": "snapcore.source",
 }
 
 

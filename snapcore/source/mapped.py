@@ -190,7 +190,8 @@ class MappedImage:
         found = np.searchsorted(filled[:, 0] + filled[:, 1], units.places, side="right")
         begins = filled[np.minimum(found, len(filled) - 1), 0]
         inside = (found < len(filled)) & (begins < units.places + self._unit_bytes)
-        return (units.kinds == PACKED) | ((units.kinds == DATA) & inside)
+        worth: npt.NDArray[np.bool] = (units.kinds == PACKED) | ((units.kinds == DATA) & inside)
+        return worth
 
     def _page_count(self) -> int:
         return -(-self._size_bytes // (self._unit_bytes * self._units_per_page))

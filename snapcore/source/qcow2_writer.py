@@ -145,7 +145,7 @@ class Qcow2Writer:
     def end(self, sink: Sink) -> None:
         """See `Writer.end`."""
         self._end_table(sink)
-        directory = self._append_clusters(sink, self._directory.tobytes() or bytes(8))
+        directory = self._append_clusters(sink, self._directory.tobytes()) if len(self._directory) else 0
         blocks_at = sink.position // _CLUSTER
         left, table = self._left(blocks_at)
         self._count(blocks_at, left + table)

@@ -34,8 +34,8 @@ class VhdWriter:
     pack = None
 
     def __init__(self, size_bytes: int) -> None:
-        if size_bytes > _SIZE_LIMIT_BYTES:
-            raise UsageError(f"a VHD has up to {_SIZE_LIMIT_BYTES} bytes, not {size_bytes}; write qcow2 or raw")
+        if not 0 < size_bytes <= _SIZE_LIMIT_BYTES:
+            raise UsageError(f"a VHD has 1 to {_SIZE_LIMIT_BYTES} bytes, not {size_bytes}; write qcow2 or raw")
         self.size_bytes = size_bytes
 
     def begin(self, sink: Sink) -> None:

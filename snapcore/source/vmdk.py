@@ -1,8 +1,8 @@
 """Reading VMDK of one file, sparse or stream-optimised, as VMware's "Virtual Disk Format 5.0" describes it.
 
-A header, a text that describes the disk, a directory of tables, tables of 32-bit sector numbers of grains. In a stream-optimised
-file grains are packed, each behind a marker that says where in the disk it belongs, and the header that counts is a second one
-at the end. All numbers are little-endian, all places count sectors.
+A header, a text that describes the disk, a directory of tables, tables of 32-bit sector numbers of grains. In a
+stream-optimised file grains are packed, each behind a marker that says where in the disk it belongs, and the header
+that counts is a second one at the end. All numbers are little-endian, all places count sectors.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from snapcore.source.mapped import BELOW, DATA, PACKED, ZERO, MappedImage, Units
 MAGIC = b"KDMV"
 DESCRIPTOR_MAGIC = b"# Disk DescriptorFile"
 SECTOR_BYTES = 512
-# Magic, version, flags, capacity, grain, descriptor and its size, entries a table, second directory, directory, overhead,
-# unclean, line ends, algorithm.
+# Magic, version, flags, capacity, grain, descriptor and its size, entries a table, second directory, directory,
+# overhead, unclean, line ends, algorithm.
 HEADER = struct.Struct("<4sIIQQQQIQQQB4sH433x")
 MARKER = struct.Struct("<QI")
 LINE_ENDS = b"\n \r\n"
@@ -67,9 +67,7 @@ def read_header(container: Container) -> Header:
 
 def _read_header(container: Container, at: int) -> Header:
     if container.read(0, 4, "the header") == DESCRIPTOR_MAGIC[:4]:
-        raise UnsupportedFormatError(
-            f"{container.name} is a text that names other files; only VMDK of one file is read"
-        )
+        raise UnsupportedFormatError(f"{container.name} names other files; only VMDK of one file is read")
     magic, version, flags, capacity, grain, descriptor, length, entries, _, directory, _, _, ends, algorithm = (
         HEADER.unpack(container.read(at, HEADER.size, "the header"))
     )

@@ -1,4 +1,4 @@
-"""Writing VMDK, stream-optimised: what OVA files hold and hypervisors import. From front to back, every grain packed."""
+"""Writing VMDK, stream-optimised: what OVA files hold and hypervisors import. Front to back, every grain packed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class VmdkWriter:
         self.size_bytes = size_bytes
         self._sectors = size_bytes // _SECTOR
         tables = -(-size_bytes // (_GRAIN_BYTES * vmdk.TABLE_ENTRIES))
-        if self._sectors >= _PLACE_LIMIT:
+        if not 0 < self._sectors < _PLACE_LIMIT:
             raise UsageError(
                 f"a VMDK has less than {_PLACE_LIMIT * _SECTOR} bytes, not {size_bytes}; write qcow2 or raw"
             )
