@@ -20,6 +20,7 @@ from snapcore.errors import UsageError
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.persist import Medium
 from snapcore.progress import Meter, ProgressCallback
+from snapcore.source import formats
 from snapcore.source.interface import Source
 from snapcore.source.qcow2_writer import Qcow2Writer
 from snapcore.source.raw_writer import RawWriter
@@ -28,9 +29,6 @@ from snapcore.source.target import open_target
 from snapcore.source.vhd_writer import VhdWriter
 from snapcore.source.vmdk_writer import VmdkWriter
 from snapcore.source.writer import Piece, Writer
-
-WRITTEN_FORMATS = ("raw", "qcow2", "vhd", "vmdk")
-COMPRESSIONS = ("zlib", "zstd")
 
 _SECTOR_BYTES = 512
 
@@ -133,17 +131,12 @@ def send_image(
     return Written(format, sink.position, time.monotonic() - started)
 
 
-def check_written_format(name: str) -> str:
-    """The name of a format that is written, when it is one."""
-    if name not in WRITTEN_FORMATS:
-        raise UsageError(f"the image format {name!r} is not written; choose one of {', '.join(WRITTEN_FORMATS)}")
-    return name
-
-
 def _writer(kind: str, size_bytes: int, compression: str | None, name: str) -> Writer:
-    check_written_format(kind)
+    formats.check_written(kind)
     if compression is not None and kind != "qcow2":
-        raise UsageError(f"the compression of {kind} cannot be chosen; {' and '.join(COMPRESSIONS)} are for qcow2")
+        raise UsageError(
+            f"the compression of {kind} cannot be chosen; {' and '.join(formats.COMPRESSIONS)} are for qcow2"
+        )
     if kind == "raw":
         return RawWriter(size_bytes)
     size_bytes = -(-size_bytes // _SECTOR_BYTES) * _SECTOR_BYTES

@@ -10,18 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
 
 from snapcore.errors import RefusedError, UnsupportedFormatError, UsageError
-from snapcore.source import qcow2, vhd, vhdx, vmdk
+from snapcore.source import formats, qcow2, vhd, vhdx, vmdk
 from snapcore.source.container import Container
+from snapcore.source.formats import RAW
 from snapcore.source.interface import Source
 from snapcore.source.raw import RawSource, open_source
 
-RAW = "raw"
-FORMATS = (RAW, "qcow2", "vhd", "vhdx", "vmdk")
-
-_ENDINGS = {".qcow2": "qcow2", ".vhd": "vhd", ".vpc": "vhd", ".vhdx": "vhdx", ".vmdk": "vmdk"}
 _MAGICS = (
     (qcow2.MAGIC, "qcow2"),
     (vhdx.MAGIC, "vhdx"),
@@ -33,22 +29,6 @@ _QEMU_FORMATS = {"raw": RAW, "qcow2": "qcow2", "vpc": "vhd", "vhdx": "vhdx", "vm
 _CHAIN_LIMIT = 64
 
 
-class ImageSource(Source, Protocol):
-    """An open image of any format."""
-
-
-def check_format(name: str) -> str:
-    """The name of a format, when it is one."""
-    if name not in FORMATS:
-        raise UsageError(f"there is no image format {name!r}; choose one of {', '.join(FORMATS)}")
-    return name
-
-
-def format_of_name(path: str | os.PathLike[str]) -> str:
-    """The format that a file's name says: "raw" when it says none."""
-    return _ENDINGS.get(os.path.splitext(os.fspath(path))[1].lower(), RAW)
-
-
 @contextmanager
 def open_image(
     path: str | os.PathLike[str],
@@ -56,7 +36,7 @@ def open_image(
     *,
     backing_folders: Sequence[str | os.PathLike[str]] = (),
     allow_changing: bool = False,
-) -> Iterator[ImageSource]:
+) -> Iterator[Source]:
     """Open a disk image as it is at this instant.
 
     Parameters
@@ -81,7 +61,7 @@ def open_image(
     """
     place = os.fspath(path)
     if format is not None:
-        check_format(format)
+        formats.check_read(format)
     with ExitStack() as opened:
         source = opened.enter_context(open_source(place, allow_changing=allow_changing))
         wanted = format or _agreed_format(source)
@@ -92,7 +72,7 @@ def open_image(
 
 def _agreed_format(source: RawSource) -> str:
     """What name and first bytes both say; RefusedError when they disagree."""
-    named, found = format_of_name(source.name), format_of_bytes(source)
+    named, found = formats.of_name(source.name), format_of_bytes(source)
     if named == found or (named == "vhd" and found == RAW):
         # A fixed VHD begins with the disk itself, and has its mark at the end.
         return named
