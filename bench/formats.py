@@ -1,8 +1,9 @@
 """Image formats beside qemu-img, taking turns: `python bench/formats.py DIR`.
 
-Whole processes are measured, with what starting Python costs, on cached images. The disk is made of the files below /usr, with
-holes between them. snapcore's results are durable when it ends; so are those of `qemu-img convert -t writeback`, which
-the bar counts against. Its default, which leaves everything in the page cache, is shown beside it.
+Whole processes are measured, with what starting Python costs, on cached images. The disk is made of the files below
+/usr, with holes between them. snapcore's results are durable when it ends; so are those of
+`qemu-img convert -t writeback`, which the bar counts against. Its default, which leaves everything in the page cache,
+is shown beside it.
 """
 
 import shutil
