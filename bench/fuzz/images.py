@@ -2,9 +2,10 @@
 
     python bench/fuzz/images.py --seconds 600 [--seed N] [--only ITERATION]
 
-Relies on qemu-img, which makes the images and reads every tenth of those that are not refused. An iteration is a finding
-when anything but snapcore.Error comes out, when qemu-img reads other bytes, or when it takes more than 20 seconds. Each is
-named by seed and iteration, from which `--only` makes it again. Exit status 1 when there were findings.
+Relies on qemu-img, which makes the images and reads every tenth of those that are not refused. An iteration is a
+finding when anything but snapcore.Error comes out, when qemu-img reads other bytes, or when it takes more than 20
+seconds. Each is named by seed and iteration, from which `--only` makes it again. Exit status 1 when there were
+findings.
 """
 
 import argparse

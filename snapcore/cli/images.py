@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from snapcore.cli import output
-from snapcore.errors import UsageError
 from snapcore.source import formats
 
 if TYPE_CHECKING:
@@ -54,6 +53,10 @@ def check_target(target: str, written_format: str, packing: str | None, *, in_pl
         return False
     if in_place:
         raise click.UsageError("--in-place is for raw images and devices; another format needs a new name")
+    if packing is not None and written_format != "qcow2":
+        raise click.UsageError(f"--packing is for qcow2; {written_format} has no choice")
+    if target == PIPE and written_format == "qcow2":
+        raise click.UsageError("qcow2 cannot go to standard output: its header is known last; name a file")
     if target == PIPE and as_json:
         raise click.UsageError("standard output takes the image or the JSON, not both")
     if target == PIPE and sys.stdout.isatty():
@@ -81,8 +84,6 @@ def write(
             forbidden_folder=forbidden_folder,
             progress=progress,
         )
-    if packing is not None:
-        raise UsageError("a packed qcow2 image cannot go to a pipe; write it to a file")
     return send_image(source, sys.stdout.fileno(), written_format, name="standard output", progress=progress)
 
 

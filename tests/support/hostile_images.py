@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from snapcore import Error, extents
-from snapcore.source import image, vhd, vhdx
+from snapcore.source import image, open_image, vhd, vhdx, vmdk, write_image
 from snapcore.source.raw import RawSource
 from tests.support.images import QEMU, make_raw, qemu_img
 
@@ -51,6 +51,8 @@ MADE = (
     ("vhdx", "block_size=1M"),
     ("vmdk", "subformat=monolithicSparse"),
     ("vmdk", "subformat=streamOptimized"),
+    # Written by us: with the header that counts at its end.
+    ("vmdk", "footer"),
 )
 
 
@@ -61,6 +63,11 @@ def make_victims(folder: Path) -> list[Victim]:
     found = []
     for number, (kind, options) in enumerate(MADE):
         path = folder / f"{number}.{kind}"
+        if options == "footer":
+            with open_image(raw) as source:
+                write_image(source, path, kind)
+            found.append(Victim(path, kind, options, tuple(_believed(path, kind, options))))
+            continue
         packed = ("-c",) if "zstd" in options or "v2" in options else ()
         qemu_img("convert", *packed, "-f", "raw", "-O", QEMU[kind], "-o", options, raw, path)
         found.append(Victim(path, kind, options, tuple(_believed(path, kind, options))))
@@ -93,12 +100,14 @@ def _believed(path: Path, kind: str, options: str) -> Iterator[int]:
     else:
         # The header, the beginning of the text, and of tables what a small disk has.
         yield from [*range(80), *range(512, 800)]
-        directory = struct.unpack_from("<Q", data, 56)[0] * 512
+        header = end - vmdk.FOOTER_FROM_END if options == "footer" else 0
+        yield from range(header, header + 80)
+        directory = struct.unpack_from("<Q", data, header + 56)[0] * 512
         yield from range(directory, directory + 8)
         table = struct.unpack_from("<I", data, directory)[0] * 512
         yield from range(table, table + 16)
         grain = struct.unpack_from("<I", data, table)[0] * 512
-        yield from range(grain, grain + 40 if "stream" in options else grain)
+        yield from range(grain, grain if "monolithic" in options else grain + 40)
 
 
 def _block_table(data: bytes) -> int:
