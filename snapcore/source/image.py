@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from snapcore.errors import RefusedError, UnsupportedFormatError, UsageError
+from snapcore.errors import RefusedError, UnsupportedFormatError, UsageError, from_os_error
 from snapcore.source import formats, qcow2, vhd, vhdx, vmdk
 from snapcore.source.container import Container
 from snapcore.source.formats import RAW
@@ -117,7 +117,10 @@ class _Chain:
 
     def _note(self, file: RawSource) -> None:
         """Refuse a chain that is too long or comes back to itself."""
-        status = os.stat(file.name)
+        try:
+            status = os.stat(file.name)
+        except OSError as error:
+            raise from_os_error(error, f"looking at {file.name}") from error
         here = (status.st_dev, status.st_ino)
         if here in self._seen or len(self._seen) == _CHAIN_LIMIT:
             what = "comes back to itself" if here in self._seen else f"has more than {_CHAIN_LIMIT} files"
