@@ -236,9 +236,10 @@ def import_(
     as_json: bool,
 ) -> None:
     """Copy IMAGE, a file (raw, qcow2, VHD, VHDX or VMDK) or a block device, into a new disk."""
-    from snapcore import extents, open_image
+    from snapcore import extents
     from snapcore.cli import pooled
     from snapcore.pool import Pool
+    from snapcore.source import open_image
 
     started = time.monotonic()
     with Pool.open(place) as found:
