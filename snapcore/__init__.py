@@ -18,6 +18,7 @@ from snapcore.errors import (
     Error,
     ExistsError,
     FencedError,
+    ImageError,
     MissingObjectError,
     NotFoundError,
     OutOfSpaceError,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
         Verified,
     )
     from snapcore.server import NbdServer
-    from snapcore.source import Source
+    from snapcore.source import Source, Written, open_image, send_image, write_image
     from snapcore.source.compare import diff_images
     from snapcore.store import LocalStore, MemoryStore, Store, open_store
 
@@ -60,6 +61,7 @@ __all__ = [
     "Error",
     "ExistsError",
     "FencedError",
+    "ImageError",
     "LocalStore",
     "Manifest",
     "MemoryStore",
@@ -87,8 +89,12 @@ __all__ = [
     "Usage",
     "UsageError",
     "Verified",
+    "Written",
     "diff_images",
+    "open_image",
     "open_store",
+    "send_image",
+    "write_image",
 ]
 
 _HOMES = {
@@ -112,8 +118,12 @@ _HOMES = {
     "Store": "snapcore.store",
     "Usage": "snapcore.repository",
     "Verified": "snapcore.repository",
+    "Written": "snapcore.source",
     "diff_images": "snapcore.source.compare",
     "open_store": "snapcore.store",
+    "open_image": "snapcore.source",
+    "send_image": "snapcore.source",
+    "write_image": "snapcore.source",
 }
 
 

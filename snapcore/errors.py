@@ -41,6 +41,10 @@ class DamagedError(Error):
     """Stored bytes do not match their checksum or id. Nothing wrong was handed out."""
 
 
+class ImageError(Error):
+    """An image file of some format contradicts itself or was cut off; nothing of what it says there was believed."""
+
+
 class MissingObjectError(DamagedError):
     """A reachable object is in no pack that the index knows."""
 

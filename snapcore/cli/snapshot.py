@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 from click.core import ParameterSource
 
-from snapcore.cli import output
+from snapcore.cli import images, output
+from snapcore.source import formats
 
 _PLACES = ("pool", "repo", "as_json")
 
@@ -26,7 +27,14 @@ def snapshot() -> None:
     help='All that may differ from the parent, as {"extents": [[offset, length], …]}; "-" reads standard input.',
 )
 @click.option("--paranoid", is_flag=True, help="Compare by content id, not by the fingerprints kept on this host.")
-@click.option("--allow-changing", is_flag=True, help="Accept an image that is written meanwhile.")
+@click.option("--allow-changing", is_flag=True, help="Accept a raw image that is written meanwhile.")
+@click.option(
+    "--format",
+    "read_format",
+    type=click.Choice(formats.READ_FORMATS),
+    help="Of IMAGE. Default: what its name says; any other name means raw.",
+)
+@images.backing_option
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
 @click.option("--name", "label", help="A name to find the snapshot by.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
@@ -39,12 +47,16 @@ def create(
     changed: str | None,
     paranoid: bool,
     allow_changing: bool,
+    read_format: str | None,
+    backing_folders: tuple[str, ...],
     compression: str | None,
     label: str | None,
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed.
+
+    An image whose name ends in .qcow2, .vhd, .vhdx or .vmdk is read as that.
 
     With -p: of DISK of the pool, in constant time; of the options only --name is for that.
     """
@@ -62,14 +74,17 @@ def create(
     for key, sign, _ in pairs:
         if not key or not sign:
             raise click.UsageError(f"a tag has the form KEY=VALUE, not {key!r}")
-    with output.bar() as progress:
-        done = Repository.open(place.path).snapshot(
-            image,
+    repository = Repository.open(place.path)
+    with (
+        images.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
+        output.bar() as progress,
+    ):
+        done = repository.snapshot(
+            source,
             disk=disk,
             parent=parent,
             changed=None if changed is None else output.read_changed(changed),
             paranoid=paranoid,
-            allow_changing=allow_changing,
             compression=compression,
             label=label,
             tags={key: value for key, _, value in pairs},

@@ -327,18 +327,19 @@ class Pool:
         progress: ProgressCallback | None = None,
         executor: Executor | None = None,
     ) -> Disk:
-        """Copy a raw image or block device into a new disk. Holes and zero blocks take nothing; durable on return.
+        """Copy an image or block device into a new disk. Holes and zero blocks take nothing; durable on return.
 
         Parameters
         ----------
         name : str
             Of the disk. Until all is there it is called otherwise; a failed or cancelled import leaves none.
         image : path or Source
-            A version of another pool will do too.
+            A path has the format that its name says, and its first bytes must agree: see `snapcore.open_image`, which
+            opens any other. A version of another pool will do too.
         size_bytes : int, optional
             Of the disk, if it shall be longer than the image.
         allow_changing : bool
-            Do not mind an image that is written meanwhile, or a device that is mounted for writing.
+            Do not mind a raw image that is written meanwhile, or a device that is mounted for writing.
         progress : callable, optional
             Gets a `Progress` for each step; raising there cancels.
         executor : Executor, optional
