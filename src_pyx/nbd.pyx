@@ -60,8 +60,8 @@ cdef extern from *:
     #define MSG_NOSIGNAL 0
     #endif
 
-    static ssize_t snapcore_receive(int descriptor, void *data, size_t length) {
-        return recv(descriptor, data, length, 0);
+    static ssize_t snapcore_receive(int descriptor, void *data, size_t length, int all) {
+        return recv(descriptor, data, length, all ? MSG_WAITALL : 0);
     }
     static ssize_t snapcore_send(int descriptor, const void *data, size_t length) {
         return send(descriptor, data, length, MSG_NOSIGNAL);
@@ -114,7 +114,7 @@ cdef extern from *:
     #define snapcore_32(x) __builtin_bswap32(x)
     #define snapcore_64(x) __builtin_bswap64(x)
     """
-    ssize_t snapcore_receive(int descriptor, void *data, size_t length) noexcept nogil
+    ssize_t snapcore_receive(int descriptor, void *data, size_t length, int all) noexcept nogil
     ssize_t snapcore_send(int descriptor, const void *data, size_t length) noexcept nogil
     ssize_t snapcore_send_now(int descriptor, const void *data, size_t length) noexcept nogil
     void snapcore_cut_off(int descriptor) noexcept nogil
@@ -153,8 +153,10 @@ cdef enum:
     MAX_LENGTH = 1 << 25
     MAX_JOB_BYTES = 1 << 26
     MAX_EXTENTS = 1024
-    # A client can take a part of a long read while the next one is copied, and it stays in the second-level cache.
-    READ_PART_BYTES = 1 << 18
+    # A longer read is answered in parts: that bounds memory. Smaller parts cost the client more than they save here.
+    READ_PART_BYTES = 1 << 20
+    # A longer write is done in parts: the client sends the next one meanwhile, and what is copied is in the cache still.
+    WRITE_PART_BYTES = 1 << 18
     # Of a map, that one block status walks: then the answer is shorter than what was asked for.
     MAX_SLICES = 64
     SLICE_RUNS = 512
@@ -973,7 +975,7 @@ cdef int _receive(
     cdef ssize_t part
     got[0] = 0
     while got[0] < least:
-        part = snapcore_receive(connection.descriptor, data + got[0], most - got[0])
+        part = snapcore_receive(connection.descriptor, data + got[0], most - got[0], least == most)
         if part < 0:
             if errno == EINTR:
                 continue
@@ -1080,24 +1082,37 @@ cdef bint _may_stall(const ExportState *target, uint64_t offset, uint64_t length
     return target.volume.backing != NO_BACKING and (offset % BLOCK_BYTES or length % BLOCK_BYTES)
 
 
-cdef int _write_request(ConnectionState *connection, const Request *request, int code) noexcept nogil:
-    """Write, or refuse with a code; in either case its data comes first."""
+cdef int _write_later(ConnectionState *connection, const Request *request) noexcept nogil:
+    """Take the data of a write and give both to a worker."""
     cdef const uint8_t *data = NULL
     cdef uint8_t *kept
+    cdef int ended = _payload(connection, request.length, &data)
+    if ended:
+        return ended
+    kept = _taken(connection, data, request.length)
+    if kept == NULL:
+        return _answer(connection, request, ENOMEM)
+    return _hand_over(connection, request, kept)
+
+
+cdef int _write_request(ConnectionState *connection, const Request *request, int code) noexcept nogil:
+    """Write, or refuse with a code; in either case the data comes first."""
+    cdef const uint8_t *data = NULL
+    cdef uint64_t done = 0
+    cdef uint64_t part
     cdef int ended
     if request.length > MAX_LENGTH:
         return TOO_LONG
-    ended = _payload(connection, request.length, &data)
-    if ended:
-        return ended
-    if code:
-        return _answer(connection, request, code)
-    if _may_stall(connection.target, request.offset, request.length):
-        kept = _taken(connection, data, request.length)
-        if kept == NULL:
-            return _answer(connection, request, ENOMEM)
-        return _hand_over(connection, request, kept)
-    code = _write(connection.target, data, request.length, request.offset)
+    if code == 0 and _may_stall(connection.target, request.offset, request.length):
+        return _write_later(connection, request)
+    while done < request.length:
+        part = min(request.length - done, <uint64_t> WRITE_PART_BYTES)
+        ended = _payload(connection, part, &data)
+        if ended:
+            return ended
+        if code == 0:
+            code = _write(connection.target, data, part, request.offset + done)
+        done += part
     if code == 0 and request.flags & FLAG_FUA:
         return _hand_over(connection, request, NULL)
     return _answer(connection, request, code)
