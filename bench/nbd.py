@@ -199,9 +199,7 @@ def show(name: str, got: str, bar: str = "") -> None:
     print(f"{name:<58} {got:<44} {bar}", flush=True)
 
 
-def taking_turns(
-    measures: dict[str, Callable[[], float]], rounds: int
-) -> dict[str, list[float]]:
+def taking_turns(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Each of them once a round, in an order that changes."""
     found: dict[str, list[float]] = {name: [] for name in measures}
     names = list(measures)
