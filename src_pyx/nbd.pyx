@@ -47,6 +47,8 @@ cdef extern from *:
     #endif
     #include <errno.h>
     #include <fcntl.h>
+    #include <stdint.h>
+    #include <string.h>
     #include <sys/socket.h>
     #include <sys/time.h>
     #include <sys/uio.h>
@@ -110,6 +112,10 @@ cdef extern from *:
     #endif
     static off_t snapcore_next_data(int descriptor, off_t offset) { return lseek(descriptor, offset, SEEK_DATA); }
     static off_t snapcore_next_hole(int descriptor, off_t offset) { return lseek(descriptor, offset, SEEK_HOLE); }
+    /* Answers lie at any place: stored by memcpy, which is one instruction. */
+    static void snapcore_put_16(uint8_t *out, uint16_t x) { x = __builtin_bswap16(x); memcpy(out, &x, 2); }
+    static void snapcore_put_32(uint8_t *out, uint32_t x) { x = __builtin_bswap32(x); memcpy(out, &x, 4); }
+    static void snapcore_put_64(uint8_t *out, uint64_t x) { x = __builtin_bswap64(x); memcpy(out, &x, 8); }
     #define snapcore_16(x) __builtin_bswap16(x)
     #define snapcore_32(x) __builtin_bswap32(x)
     #define snapcore_64(x) __builtin_bswap64(x)
@@ -127,6 +133,9 @@ cdef extern from *:
     ssize_t snapcore_file_cached(int descriptor, void *data, size_t length, off_t offset) noexcept nogil
     off_t snapcore_next_data(int descriptor, off_t offset) noexcept nogil
     off_t snapcore_next_hole(int descriptor, off_t offset) noexcept nogil
+    void snapcore_put_16(uint8_t *out, uint16_t value) noexcept nogil
+    void snapcore_put_32(uint8_t *out, uint32_t value) noexcept nogil
+    void snapcore_put_64(uint8_t *out, uint64_t value) noexcept nogil
     uint16_t snapcore_16(uint16_t value) noexcept nogil
     uint32_t snapcore_32(uint32_t value) noexcept nogil
     uint64_t snapcore_64(uint64_t value) noexcept nogil
@@ -345,18 +354,15 @@ cdef uint32_t _header(
     ConnectionState *connection, uint8_t *out, const Request *request, uint16_t kind, uint16_t flags, uint64_t length
 ) noexcept nogil:
     """A chunk's header."""
+    snapcore_put_32(out, EXTENDED_CHUNK_MAGIC if connection.extended else CHUNK_MAGIC)
+    snapcore_put_16(out + 4, flags)
+    snapcore_put_16(out + 6, kind)
+    memcpy(out + 8, &request.cookie, 8)
     if connection.extended:
-        (<uint32_t *> out)[0] = snapcore_32(EXTENDED_CHUNK_MAGIC)
-    else:
-        (<uint32_t *> out)[0] = snapcore_32(CHUNK_MAGIC)
-    (<uint16_t *> out)[2] = snapcore_16(flags)
-    (<uint16_t *> out)[3] = snapcore_16(kind)
-    (<uint64_t *> out)[1] = request.cookie
-    if connection.extended:
-        (<uint64_t *> out)[2] = snapcore_64(request.offset)
-        (<uint64_t *> out)[3] = snapcore_64(length)
+        snapcore_put_64(out + 16, request.offset)
+        snapcore_put_64(out + 24, length)
         return EXTENDED_CHUNK_BYTES
-    (<uint32_t *> out)[4] = snapcore_32(<uint32_t> length)
+    snapcore_put_32(out + 16, <uint32_t> length)
     return CHUNK_BYTES
 
 
@@ -367,13 +373,12 @@ cdef uint32_t _outcome(ConnectionState *connection, uint8_t *out, const Request 
         if code == 0:
             return _header(connection, out, request, CHUNK_NONE, CHUNK_DONE, 0)
         size_bytes = _header(connection, out, request, CHUNK_ERROR, CHUNK_DONE, 6)
-        code = <int> snapcore_32(<uint32_t> code)
-        memcpy(out + size_bytes, &code, 4)
-        memset(out + size_bytes + 4, 0, 2)
+        snapcore_put_32(out + size_bytes, <uint32_t> code)
+        snapcore_put_16(out + size_bytes + 4, 0)
         return size_bytes + 6
-    (<uint32_t *> out)[0] = snapcore_32(SIMPLE_REPLY_MAGIC)
-    (<uint32_t *> out)[1] = snapcore_32(<uint32_t> code)
-    (<uint64_t *> out)[1] = request.cookie
+    snapcore_put_32(out, SIMPLE_REPLY_MAGIC)
+    snapcore_put_32(out + 4, <uint32_t> code)
+    memcpy(out + 8, &request.cookie, 8)
     return SIMPLE_REPLY_BYTES
 
 
@@ -390,12 +395,11 @@ cdef uint32_t _before_data(
 ) noexcept nogil:
     """What stands before data of a read: at most 40 bytes."""
     cdef uint32_t size_bytes
-    cdef uint64_t offset = snapcore_64(request.offset + request.done)
     cdef uint16_t flags = CHUNK_DONE if request.done + part == request.length else 0
     if not connection.structured and not connection.extended:
         return _outcome(connection, out, request, 0)
     size_bytes = _header(connection, out, request, CHUNK_OFFSET_DATA, flags, 8 + part)
-    memcpy(out + size_bytes, &offset, 8)
+    snapcore_put_64(out + size_bytes, request.offset + request.done)
     return size_bytes + 8
 
 
@@ -592,26 +596,21 @@ cdef int _status_chunk(
     cdef uint64_t head = 8 if connection.extended else 4
     cdef uint8_t *out = _grown(box, 64 + extents.count * width)
     cdef uint16_t kind = CHUNK_BLOCK_STATUS_EXTENDED if connection.extended else CHUNK_BLOCK_STATUS
-    cdef uint32_t at, small
-    cdef uint64_t i, large
+    cdef uint32_t at
+    cdef uint64_t i
     if out == NULL:
         return ENOMEM
     at = _header(connection, out, request, kind, CHUNK_DONE if done else 0, head + extents.count * width)
-    small = snapcore_32(context.id)
-    memcpy(out + at, &small, 4)
+    snapcore_put_32(out + at, context.id)
     if connection.extended:
-        small = snapcore_32(<uint32_t> extents.count)
-        memcpy(out + at + 4, &small, 4)
+        snapcore_put_32(out + at + 4, <uint32_t> extents.count)
     at += <uint32_t> head
     for i in range(2 * extents.count):
         if connection.extended:
-            large = snapcore_64(extents.items[i])
-            memcpy(out + at, &large, 8)
-            at += 8
+            snapcore_put_64(out + at, extents.items[i])
         else:
-            small = snapcore_32(<uint32_t> extents.items[i])
-            memcpy(out + at, &small, 4)
-            at += 4
+            snapcore_put_32(out + at, <uint32_t> extents.items[i])
+        at += <uint32_t> width // 2
     box.bytes += at
     return 0
 

@@ -4,8 +4,8 @@
 
 Under AddressSanitizer: `bench/sanitize.sh --fuzz nbd --seconds 600`.
 
-A finding is a server that dies, a thread that raises, a session that does not end when its client has, or a well-behaved
-client that reads other bytes of a snapshot than there are.
+A finding is a server that dies, a thread that raises, a session that does not end when its client has, or a
+well-behaved client that reads other bytes of a snapshot than there are.
 """
 
 from __future__ import annotations
