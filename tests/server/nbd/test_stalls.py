@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +58,9 @@ def fuse_file(folder: Path, server: list[str]) -> Iterator[Path]:
         for name in ("gate", "blown"):
             (folder / name).unlink(missing_ok=True)
         if fuse is not None:
+            # A server has the file open still: it does not end by itself.
             subprocess.run(["fusermount3", "-u", "-z", str(mount)], check=False)
+            fuse.kill()
             fuse.wait(60)
         below.terminate()
         below.wait(60)
@@ -79,7 +80,7 @@ def below(folder: Path) -> Iterator[Path]:
         yield file
 
 
-def test_what_fails_below_is_an_error_for_that_request(serve: Serve, folder: Path, below: Path) -> None:
+def test_what_fails_below_is_an_error_for_that_request(below: Path, serve: Serve, folder: Path) -> None:
     with Peer(serve(pool=None, images={"raw": below}).path) as peer:
         peer.enter("raw")
         (folder / "blown").touch()
@@ -96,15 +97,18 @@ def test_nbdkits_error_filter_is_an_error_for_half_of_the_requests_and_never_wro
     needs("nbdkit", "nbdfuse", "fusermount3", root=True)
     (folder / "content").write_bytes(b"c" * IMAGE_BYTES)
     failing = ["--filter=error", "file", str(folder / "content"), "error-pread=EIO", "error-pread-rate=50%"]
-    with fuse_file(folder, failing) as file, Peer(serve(pool=None, images={"raw": file}).path) as peer:
-        peer.enter("raw")
-        outcomes = set()
-        for number in range(100):
-            code = peer.request(READ, number * 8192, 512)
-            if code == 0:
-                assert peer.receive(512) == b"c" * 512
-            outcomes.add(code)
+    with fuse_file(folder, failing) as file:
+        server = serve(pool=None, images={"raw": file})
+        with Peer(server.path) as peer:
+            peer.enter("raw")
+            outcomes = set()
+            for number in range(100):
+                code = peer.request(READ, number * 8192, 512)
+                if code == 0:
+                    assert peer.receive(512) == b"c" * 512
+                outcomes.add(code)
         assert outcomes == {0, errno.EIO}
+        server.server.stop()
 
 
 def test_nbdkits_delay_filter_holds_up_only_what_asks_there(serve: Serve, folder: Path) -> None:
@@ -119,11 +123,11 @@ def test_nbdkits_delay_filter_holds_up_only_what_asks_there(serve: Serve, folder
             other.enter("quick")
             assert peer.request(READ, 0, 4096) == errno.EIO
             assert other.read(0, 4) == b"qqqq"
-        eventually(lambda: server.server.connections == 0)
+        server.server.stop()
 
 
 def test_what_stalls_below_gets_an_error_in_time_and_holds_up_nobody(
-    serve: Serve, folder: Path, below: Path
+    below: Path, serve: Serve, folder: Path
 ) -> None:
     server = serve(pool=None, images={"raw": below}, request_timeout_s=0.4)
     (folder / "gate").touch()
@@ -141,7 +145,7 @@ def test_what_stalls_below_gets_an_error_in_time_and_holds_up_nobody(
 
 
 def test_what_a_write_that_was_given_up_may_change_is_refused_until_it_has_ended(
-    serve: Serve, folder: Path, below: Path
+    below: Path, serve: Serve, folder: Path
 ) -> None:
     server = serve(pool=None, images={"raw": below}, request_timeout_s=0.2)
     (folder / "gate").touch()
@@ -159,7 +163,7 @@ def test_what_a_write_that_was_given_up_may_change_is_refused_until_it_has_ended
         assert peer.read(STALLS_AT, 4096) == b"new!" * 1024
 
 
-def test_a_client_of_a_stalled_file_hears_the_end_of_its_session(serve: Serve, folder: Path, below: Path) -> None:
+def test_a_client_of_a_stalled_file_hears_the_end_of_its_session(below: Path, serve: Serve, folder: Path) -> None:
     server = serve(pool=None, images={"raw": below}, request_timeout_s=0.2)
     (folder / "gate").touch()
     with Peer(server.path) as peer:
@@ -173,7 +177,7 @@ def test_a_client_of_a_stalled_file_hears_the_end_of_its_session(serve: Serve, f
 
 
 def test_a_disk_over_a_stalled_image_answers_for_what_it_has_itself(
-    serve: Serve, folder: Path, pool: Pool, below: Path
+    below: Path, serve: Serve, folder: Path, pool: Pool
 ) -> None:
     disk = pool.create_disk("over", source=below)
     disk.pwrite(b"own" * 4096, STALLS_AT)
@@ -185,8 +189,7 @@ def test_a_disk_over_a_stalled_image_answers_for_what_it_has_itself(
         assert peer.write(STALLS_AT + 16 * 4096, b"part of a block") == errno.EIO
         assert peer.write(STALLS_AT + 32 * 4096, b"b" * 4096) == 0
         assert peer.read(STALLS_AT, 3) == b"own"
-        ticks = threading.Event()
         (folder / "gate").unlink()
-        ticks.wait(0.01)
         eventually(lambda: peer.write(STALLS_AT + 16 * 4096, b"again") == 0)
-        assert peer.read(STALLS_AT + 16 * 4096, 6) == b"againc"
+        # Over what was given up, and came late.
+        assert peer.read(STALLS_AT + 16 * 4096, 16) == b"againof a blockc"
