@@ -426,11 +426,12 @@ cdef bint _send_for(
     if job.given_up:
         pthread_mutex_unlock(&connection.sending)
         return False
+    # Counted before the client can have it.
+    if is_last:
+        count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
     _send_all(connection, data, size_bytes)
     job.answered = is_last
     pthread_mutex_unlock(&connection.sending)
-    if is_last:
-        count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
     return True
 
 
