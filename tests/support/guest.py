@@ -30,7 +30,7 @@ _INIT = """#!/bin/busybox sh
 echo "GUEST: up"
 {work}
 /bin/busybox sync
-/bin/busybox mount -o remount,ro /
+/bin/busybox mount -o remount,ro /dev/vda /
 /bin/busybox poweroff -f
 """
 

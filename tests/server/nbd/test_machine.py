@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,22 +43,29 @@ def installed(guest: Guest, pool: Pool, tmp_path: Path) -> Snapshot:
     return pool.import_image("golden", make_root(tmp_path, WORK, ROOT_BYTES)).snapshot("installed")
 
 
+@contextmanager
+def recovered(version: Disk | Snapshot, folder: Path) -> Iterator[Path]:
+    """An image of it in which the journal has done what it has to."""
+    image = folder / f"recovered-{version.id}"
+    version.export(image)
+    subprocess.run(["e2fsck", "-fy", "-E", "journal_only", image], capture_output=True, check=False)
+    try:
+        yield image
+    finally:
+        image.unlink()
+
+
 def check_file_system(snapshot: Snapshot, folder: Path) -> None:
     """Clean, after its journal has done what it has to."""
-    image = folder / f"check-{snapshot.id}"
-    snapshot.export(image)
-    subprocess.run(["e2fsck", "-fy", "-E", "journal_only", image], capture_output=True, check=False)
-    done = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
-    image.unlink()
+    with recovered(snapshot, folder) as image:
+        done = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def file_in(disk: Disk, path: str, folder: Path) -> str:
     """A file in the file system of a disk."""
-    image = folder / "look"
-    disk.export(image)
-    done = subprocess.run(["debugfs", "-R", f"cat {path}", image], capture_output=True, text=True, check=True)
-    image.unlink()
+    with recovered(disk, folder) as image:
+        done = subprocess.run(["debugfs", "-R", f"cat {path}", image], capture_output=True, text=True, check=True)
     return done.stdout
 
 
@@ -68,7 +77,7 @@ def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_bac
     served = serve()
     said = guest.boot(served.path, "vm")
     assert "as it was installed" in said
-    assert file_in(clone, "/starts", tmp_path) == "x\n"
+    assert file_in(clone, "/etc/starts", tmp_path) == "x\n"
     # What it wrote is what differs from where the clone came from.
     changed = int(pool.diff(installed, clone)[:, 1].sum())
     assert MIB <= changed < 8 * MIB
@@ -107,7 +116,7 @@ def test_ten_clones_of_one_snapshot_are_written_at_once_and_each_is_its_own(
         said = [*machines.map(lambda clone: guest.boot(served.path, clone.name), clones)]
     ended.set()
     cutter.join()
-    starts = [file_in(clone, "/starts", tmp_path) for clone in clones]
+    starts = [file_in(clone, "/etc/starts", tmp_path) for clone in clones]
     assert [text for text, found in zip(said, starts, strict=True) if found != "x\n"] == []
     assert installed.pread(ROOT_BYTES, 0) == original
     contents = {clone.pread(ROOT_BYTES, 0) for clone in clones}
