@@ -1,13 +1,14 @@
 """The bars of the NBD server, by fio: `python bench/nbd.py [FOLDER] [--only NAME,…] [--rounds N] [--seconds S]`.
 
 Beside it, on the same machine in the same run and taking turns: qemu-nbd and nbdkit's file plugin on a raw file of the
-same size. All files are in the page cache: what is compared is servers, not disks. Medians of rounds; `best of` is the
-median of the ratios of neighbours in time. CPU is that of the server's process, all its threads.
+same size. All files are in the page cache: what is compared is servers, not disks. Ratios are medians of those within a round. CPU
+is that of the server's process, all its threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -40,6 +41,7 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
 FSYNC_EACH = ("--rw=randwrite", "--bs=4k", "--iodepth=1", "--fsync=1")
 QUEUE_32 = ("--rw=randread", "--bs=4k", "--iodepth=32")
 
+_NUMBERS = itertools.count()
 # A server in a process of its own, which is told on its standard input what to do.
 SERVER = """
 import sys
@@ -104,11 +106,10 @@ class Place:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
         self._stack = stack
-        self._count = 0
 
     def _socket(self) -> Path:
-        self._count += 1
-        return self.folder / f"s{self._count}"
+        # A server may leave its own behind.
+        return self.folder / f"s{next(_NUMBERS)}"
 
     def snapcore(self, depth: int = 0) -> Served:
         """A pool's disk that is full, with so many snapshots before its head."""

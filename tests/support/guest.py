@@ -1,7 +1,7 @@
 """A machine without hardware: a Debian kernel under QEMU's emulator, a root that is a few files, and an initrd for it.
 
-The kernel is unpacked, not installed: `.ci/run` puts Debian's linux-image-cloud package below /usr/local/share/snapcore-guest
-(or where SNAPCORE_GUEST says).
+The kernel is unpacked, not installed: `.ci/run` puts Debian's linux-image-cloud package below
+/usr/local/share/snapcore-guest (or where SNAPCORE_GUEST says).
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class Guest:
     kernel: Path
     initrd: Path
 
-    def boot(self, socket: Path, export: str, *, timeout_s: float = 240) -> str:
+    def boot(self, socket: Path, export: str, *, memory_mib: int = 256) -> str:
         """Run a machine on an export until it powers itself off; returns what it printed."""
-        done = subprocess.run(self.command(socket, export), capture_output=True, text=True, check=False, timeout=timeout_s)
+        command = self.command(socket, export, memory_mib=memory_mib)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
         return done.stdout
 
-    def command(self, socket: Path, export: str, *, memory_mib: int = 256) -> list[str]:
+    def command(self, socket: Path, export: str, *, memory_mib: int) -> list[str]:
         """The machine's command."""
         drive = f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={export},discard=unmap"
         return [
@@ -92,6 +93,37 @@ def make_root(folder: Path, work: str, size_bytes: int) -> Path:
         (root / name).chmod(0o755)
     (root / "etc" / "original").write_text("as it was installed\n")
     image = folder / "root.img"
+    with image.open("xb") as file:
+        file.truncate(size_bytes)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(root), str(image)], check=True)
+    return image
+
+
+_UNIT = """[Unit]
+Description=writes and powers off
+After=multi-user.target
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'echo systemd was here >> /etc/written; sync; systemctl --no-block poweroff'
+StandardOutput=journal+console
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def make_debian(folder: Path, size_bytes: int) -> Path:
+    """An ext4 image of a small Debian whose systemd starts all, writes a file and powers off. Takes a minute or two."""
+    needs("debootstrap", "mke2fs", root=True)
+    root = folder / "debian"
+    packages = "--include=systemd-sysv,udev,kmod"
+    subprocess.run(["debootstrap", "--variant=minbase", packages, "bookworm", root], check=True, capture_output=True)
+    units = root / "etc/systemd/system"
+    (units / "written.service").write_text(_UNIT)
+    (units / "multi-user.target.wants").mkdir(exist_ok=True)
+    (units / "multi-user.target.wants/written.service").symlink_to("/etc/systemd/system/written.service")
+    (root / "etc/original").write_text("as it was installed\n")
+    shutil.rmtree(root / "var/cache/apt")
+    image = folder / "debian.img"
     with image.open("xb") as file:
         file.truncate(size_bytes)
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(root), str(image)], check=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from snapcore.pool import Disk, Pool, Snapshot
-from tests.support.guest import Guest, make_guest, make_root
+from tests.support.guest import Guest, make_debian, make_guest, make_root
 from tests.support.nbd import Serve
 from tests.support.pools import MIB, check_space
 
@@ -125,3 +125,26 @@ def test_ten_clones_of_one_snapshot_are_written_at_once_and_each_is_its_own(
         check_file_system(snapshot, tmp_path)
     served.server.stop()
     check_space(pool)
+
+
+@pytest.mark.campaign
+def test_a_whole_debian_boots_from_a_clone_and_again_after_it_was_destroyed(
+    serve: Serve, guest: Guest, tmp_path: Path
+) -> None:
+    with Pool.create(tmp_path / "pool") as pool:
+        installed = pool.import_image("golden", make_debian(tmp_path, 1024 * MIB)).snapshot("installed")
+        clone = pool.create_disk("vm", source=installed)
+        served = serve(pool=pool)
+        guest.boot(served.path, "vm", memory_mib=512)
+        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n"
+        assert 0 < pool.diff(installed, clone)[:, 1].sum() < 128 * MIB
+        good = clone.snapshot("good")
+        check_file_system(good, tmp_path)
+        served.server.stop()
+        clone.discard(0, 512 * MIB)
+        clone.rollback(good)
+        again = serve(pool=pool)
+        guest.boot(again.path, "vm", memory_mib=512)
+        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n" * 2
+        again.server.stop()
+        check_space(pool)
