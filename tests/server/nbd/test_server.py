@@ -359,7 +359,9 @@ def test_a_snapshot_that_is_deleted_under_a_reader_is_an_error_for_that_reader_o
         assert other.read(MIB, 5) == disk.pread(5, MIB)
 
 
-def test_a_client_that_vanishes_in_mid_write_changes_at_most_what_it_wrote_and_frees_the_disk(serve: Serve, disk: Disk) -> None:
+def test_a_client_that_vanishes_in_mid_write_changes_at_most_what_it_wrote_and_frees_the_disk(
+    serve: Serve, disk: Disk
+) -> None:
     server = serve()
     with Peer(server.path) as peer:
         peer.enter("web")
@@ -410,6 +412,34 @@ def test_snapshots_are_cut_while_clients_write(serve: Serve, pool: Pool, disk: D
         eventually(lambda: len(rounds) > before + 2)  # noqa: B023
     ended.set()
     writer.join()
+
+
+def test_ten_clones_of_one_snapshot_are_written_at_once_and_each_is_its_own(
+    serve: Serve, pool: Pool, disk: Disk
+) -> None:
+    one = pool.snapshot("one")
+    before = one.pread(SIZE_BYTES, 0)
+    path = serve().path
+    clones = [pool.create_disk(f"clone {number}", source=one) for number in range(10)]
+
+    def write(clone: Disk) -> None:
+        with Peer(path) as peer:
+            peer.enter(clone.name)
+            for place in range(0, SIZE_BYTES, 256 << 10):
+                assert peer.write(place + 100, clone.name.encode() * 500) == 0
+            assert peer.request(FLUSH) == 0
+
+    writers = [threading.Thread(target=write, args=(clone,)) for clone in clones]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    for clone in clones:
+        expected = bytearray(before)
+        for place in range(0, SIZE_BYTES, 256 << 10):
+            expected[place + 100 : place + 100 + 500 * len(clone.name)] = clone.name.encode() * 500
+        assert clone.pread(SIZE_BYTES, 0) == bytes(expected)
+    assert one.pread(SIZE_BYTES, 0) == before
 
 
 # Limits

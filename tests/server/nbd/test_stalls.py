@@ -130,9 +130,7 @@ def test_nbdkits_delay_filter_holds_up_only_what_asks_there(serve: Serve, folder
         server.server.stop()
 
 
-def test_what_stalls_below_gets_an_error_in_time_and_holds_up_nobody(
-    below: Path, serve: Serve, folder: Path
-) -> None:
+def test_what_stalls_below_gets_an_error_in_time_and_holds_up_nobody(below: Path, serve: Serve, folder: Path) -> None:
     server = serve(pool=None, images={"raw": below}, request_timeout_s=0.4)
     (folder / "gate").touch()
     with Peer(server.path) as peer:
