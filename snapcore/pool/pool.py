@@ -592,7 +592,24 @@ class Pool:
         self._writable("compacting")
         return compact(self._engine)
 
-    # Who uses a disk
+    # Who uses what
+
+    def reader_of(self, path: str | os.PathLike[str]) -> str | None:
+        """What would read other bytes if a file were written: a disk or snapshot over it, or the pool itself; or None."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        with self._reading() as catalog:
+            images = {record.id: record.path for record in catalog.backings.values()}
+            over = [(catalog.disks.get(record.disk), record) for record in catalog.versions.values() if record.backing]
+        for disk, record in over:
+            if _is_same_file(found, images[record.backing]):
+                if disk is not None:
+                    return f"disk {disk.name!r}"
+                return f"snapshot {record.name or record.id} of disk {record.disk_name!r}"
+        own = (os.path.join(self.path, name) for name in os.listdir(self.path))
+        return f"the pool {self.path}" if any(_is_same_file(found, file) for file in own) else None
 
     @contextlib.contextmanager
     def attaching(self, disk: Disk, holder: str) -> Iterator[None]:
@@ -620,3 +637,11 @@ def _at(catalog: Catalog, version: Readable) -> int:
     if record is None or record.kind == "ghost":
         raise NotFoundError(f"{version._what()}: it was deleted")
     return record.id
+
+
+def _is_same_file(status: os.stat_result, path: str) -> bool:
+    try:
+        return os.path.samestat(status, os.stat(path))
+    except (OSError, ValueError):
+        # ValueError: no file has such a name.
+        return False
