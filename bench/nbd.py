@@ -1,8 +1,8 @@
 """The bars of the NBD server, by fio: `python bench/nbd.py [FOLDER] [--only NAME,…] [--rounds N] [--seconds S]`.
 
 Beside it, on the same machine in the same run and taking turns: qemu-nbd and nbdkit's file plugin on a raw file of the
-same size. All files are in the page cache: what is compared is servers, not disks. Ratios are medians of those within a round. CPU
-is that of the server's process, all its threads.
+same size. All files are in the page cache: what is compared is servers, not disks. Ratios are medians of those within a
+round. CPU is that of the server's process, all its threads.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ cdef enum:
     MAX_JOBS = 64
 
 
-# A volume, or a raw file when there is none. `id` tells files and volumes apart whoever opened them; `quick`: a write to
-# the file goes into the page cache.
+# A volume, or a raw file when there is none. `id` tells files and volumes apart whoever opened them; `quick`: a write
+# to the file goes into the page cache.
 cdef struct ExportState:
     CoreState *core
     VolumeState *volume
+    # Pages that a walk of its trees takes with the lock held.
+    const int64_t *slice_pages
     int descriptor
     uint64_t id[2]
     uint64_t size_bytes

@@ -167,7 +167,7 @@ cdef enum:
     MAX_EXTENTS = 1024
     # A longer read is answered in parts: that bounds memory. Smaller parts cost the client more than they save here.
     READ_PART_BYTES = 1 << 20
-    # A longer write is done in parts: the client sends the next one meanwhile, and what is copied is in the cache still.
+    # A longer write is done in parts: the client sends the next one meanwhile, and what is copied is in the cache.
     WRITE_PART_BYTES = 1 << 18
     # Of a map, that one block status walks: then the answer is shorter than what was asked for.
     MAX_SLICES = 64
@@ -558,7 +558,7 @@ cdef int _volume_extents(
         runs.resume = runs.last
         runs.count = 0
         runs.pages = 0
-        runs.slice_pages = pages.slice_pages
+        runs.slice_pages = <uint64_t> target.slice_pages[0]
         slices += 1
         pthread_mutex_lock(&pages.lock)
         pages_trim(pages)
@@ -1234,7 +1234,7 @@ cdef int _serve(ConnectionState *connection) noexcept nogil:
 
 
 cdef void _finish(ConnectionState *connection) noexcept nogil:
-    """Let workers end what they have, and send what is left. Whoever waits for what was given up hears the end first."""
+    """Let workers end what they have, and send what is left. Who waits for what was given up hears the end first."""
     cdef int i
     cdef bint is_cut = False
     _send_outbox(connection)
@@ -1265,6 +1265,7 @@ cdef class Export:
             raise MemoryError
         if volume is not None:
             self.target.core = volume.core.core
+            self.target.slice_pages = &volume.core.page_file.slice_pages
             self.target.volume = volume.volume
             self.target.id[0] = <uint64_t> <size_t> <void *> volume.volume
         else:
