@@ -219,7 +219,7 @@ class Objects:
     def _read(self, pack_id: bytes, offset_bytes: int, length_bytes: int) -> bytes:
         """Bytes of a pack; a pack that is gone or a medium that fails is damage, a store that fails is not."""
         try:
-            return self._store.get_range(pack.name(pack_id), offset_bytes, length_bytes)
+            return self._store.get_range(pack.name(pack_id, self.domain), offset_bytes, length_bytes)
         except (NotFoundError, ReadError) as error:
             raise DamagedError(f"{error}; run `snapcore verify` to see what it hits") from error
 
@@ -235,7 +235,7 @@ class Objects:
         return found
 
     def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Buffer:
-        where = f"{pack.name(place.pack)} at {place.offset}"
+        where = f"{pack.name(place.pack, self.domain)} at {place.offset}"
         head = record.parse_header(raw, where)
         if head.id != object_id or head.kind != kind:
             raise DamagedError(f"{where}: the record of {head.id.hex()} where that of {object_id.hex()} belongs")
@@ -254,12 +254,12 @@ class Objects:
         size_bytes = self._sizes[kind]
         unit_bytes = UNIT_BYTES[kind]
         if head.form == Form.FULL:
-            plain = record.payload_plain(head, payload, size_bytes, where)
+            plain = record.payload_plain(head, payload, size_bytes, where, self.domain)
             if len(plain) != size_bytes:
                 raise DamagedError(f"{where}: {len(plain)} bytes where {size_bytes} belong")
         else:
             limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
-            patch = record.payload_plain(head, payload, limit_bytes, where)
+            patch = record.payload_plain(head, payload, limit_bytes, where, self.domain)
             base = self._base(kind, record.patch_base(patch, where))
             plain = record.apply_patch(patch, base, unit_bytes, where)
         if self.identify(kind, plain) != head.id:
