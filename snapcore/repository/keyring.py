@@ -80,7 +80,7 @@ class Key(msgspec.Struct, frozen=True):
     unlocked: bool
 
 
-class _Listed:
+class _Found:
     """What lies under `keys/` for one domain."""
 
     def __init__(self) -> None:
@@ -105,17 +105,17 @@ class Keyring:
         with self._lock:
             return dict(self._domains)
 
-    def keys(self) -> list[Key]:
+    def listed(self) -> list[Key]:
         """All keys, by name."""
-        found = [self._described(key_id, listed) for key_id, listed in self._listed().items()]
+        found = [self._described(key_id, listed) for key_id, listed in self._found().items()]
         return sorted(found, key=lambda key: (key.name, key.id))
 
     def any(self) -> bool:
         """Whether the repository has keys: one request."""
         return next(iter(self._store.list(wraps.PREFIX)), None) is not None
 
-    def _listed(self) -> dict[str, _Listed]:
-        found: dict[str, _Listed] = {}
+    def _found(self) -> dict[str, _Found]:
+        found: dict[str, _Found] = {}
         for number, (object_name, _) in enumerate(self._store.list(wraps.PREFIX)):
             if number >= _OBJECTS_LIMIT:
                 raise DamagedError(
@@ -125,7 +125,7 @@ class Keyring:
             parsed = wraps.parse_name(object_name)
             if parsed is None:
                 continue
-            listed = found.setdefault(parsed.domain, _Listed())
+            listed = found.setdefault(parsed.domain, _Found())
             if parsed.holder is None:
                 listed.disabled = True
             elif parsed.mark:
@@ -135,7 +135,7 @@ class Keyring:
         # Marks alone, which a removal may have left, are no key.
         return {key_id: listed for key_id, listed in found.items() if listed.holders}
 
-    def _described(self, key_id: str, listed: _Listed) -> Key:
+    def _described(self, key_id: str, listed: _Found) -> Key:
         holders, names = [], []
         for holder in listed.holders:
             found = self._wrap(key_id, holder)
@@ -169,7 +169,7 @@ class Keyring:
         """
         opened: list[str] = []
         reasons: list[str] = []
-        listed = self._listed()
+        listed = self._found()
         for key_id, found in listed.items():
             if found.disabled:
                 name = self._described(key_id, found).name
@@ -239,7 +239,7 @@ class Keyring:
 
     def _key(self, key: str) -> Key:
         """A key by its name, unlocked ones first, or by its id."""
-        keys = self.keys()
+        keys = self.listed()
         for matching in (
             [item for item in keys if item.unlocked and item.name == key],
             [item for item in keys if item.name == key],
@@ -271,7 +271,7 @@ class Keyring:
 
     def locked(self, error: LockedError) -> LockedError:
         """The error of something sealed under a key that is not unlocked, with the key's name."""
-        found = next((key for key in self.keys() if key.id == error.key), None)
+        found = next((key for key in self.listed() if key.id == error.key), None)
         if found is None:
             return LockedError(f"{error}; {self._store.url} has no holder of that key any more", error.key)
         if found.disabled:
@@ -281,7 +281,7 @@ class Keyring:
     def create(self, name: str, holder: Holder) -> Key:
         """Make a key with one holder, and unlock it. ExistsError when there is one of that name."""
         _check_name(name)
-        if any(key.name == name for key in self.keys()):
+        if any(key.name == name for key in self.listed()):
             raise ExistsError(f"{self._store.url} has a key {name} already")
         return self._adopt(name, new_root(), holder)
 
@@ -294,9 +294,9 @@ class Keyring:
         return self._key(key_id)
 
     def share(self, key: str, other: Keyring, holder: Holder) -> Key:
-        """Make an unlocked key one of another repository too, with a holder there: so chains move there as they are."""
+        """Make an unlocked key one of another repository too, with a holder there: chains can move there as they are."""
         found = self._key(key)
-        if any(item.name == found.name and item.id != found.id for item in other.keys()):
+        if any(item.name == found.name and item.id != found.id for item in other.listed()):
             raise ExistsError(f"{other._store.url} has another key {found.name} already")
         return other._adopt(found.name, bytearray(self._root(found)), holder)
 
@@ -352,7 +352,7 @@ class Keyring:
             self._store.put_new(mark, [wraps.mark(holder_id)])
         with self._taken_back(mark):
             # Looked for after the mark is written: of two removals at once at least one sees the other's.
-            listed = self._listed().get(found.id, _Listed())
+            listed = self._found().get(found.id, _Found())
             staying = [item for item in listed.holders if item not in listed.leaving]
             if not any(self._wrap(found.id, item) for item in staying):
                 leaving = sorted(listed.leaving - {holder_id})

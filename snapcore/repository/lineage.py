@@ -124,7 +124,7 @@ def _refuse_another(keyring: Keyring, disk: str, asked: Domain, chains: list[Dom
 
 
 def _name(keyring: Keyring, key_id: str | None) -> str:
-    return next((key.name for key in keyring.keys() if key.id == key_id), str(key_id))
+    return next((key.name for key in keyring.listed() if key.id == key_id), str(key_id))
 
 
 def _under(keyring: Keyring, key_id: str | None) -> str:

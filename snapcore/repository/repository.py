@@ -79,8 +79,10 @@ class LockedSnapshot:
 class Repository:
     """A repository. Make one with `Repository.create`, open it with `Repository.open`.
 
-    What is sealed under a key is seen once the key is unlocked: `open` with its holder, or `unlock`. `keyring` makes keys and
-    changes who holds them. Every method may be called from many threads and processes at once; `collect` refuses while a snapshot is being
+    What is sealed under a key is seen once the key is unlocked: `open` with its holder, or `unlock`. `keyring` makes
+    keys and changes who holds them.
+
+    Every method may be called from many threads and processes at once; `collect` refuses while a snapshot is being
     taken, and says by whom.
     """
 
@@ -218,8 +220,8 @@ class Repository:
         tags : dict of str, optional
             For people: up to 64, keys of up to 128 characters, values of up to 256.
         key : str or NO_KEY, optional
-            Name or id of the unlocked key that it shall be under, or under none. Default: that of the disk's chain, or of the
-            parent. The first snapshot of a disk in a repository that has keys must say.
+            Name or id of the unlocked key that it shall be under, or under none. Default: that of the disk's chain,
+            or of the parent. The first snapshot of a disk in a repository that has keys must say.
         progress : callable, optional
             Gets a `Progress` for each span; raising there cancels, and nothing is visible of the snapshot.
         executor : concurrent.futures.Executor, optional

@@ -76,7 +76,9 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         """For messages: what, who, since when."""
-        host = self.host or ("this host" if self.machine == _machine(True) != "" else "a host that it does not tell")
+        host = self.host or (
+            "this host" if self.machine == _told(_machine(), True) != "" else "a host that it does not tell"
+        )
         return f"{self.work} {self.id} of process {self.process} on {host} since {self.since}"
 
 
@@ -87,11 +89,11 @@ def register(store: Store, work: str, manifest_name: str | None = None, *, hidde
         work=work,
         manifest=manifest_name,
         host="" if hidden else os.uname().nodename,
-        kernel=_kernel(hidden),
+        kernel=_told(_kernel(), hidden),
         process=os.getpid(),
         started=_started(os.getpid()) or 0,
         since=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=_machine(hidden),
+        machine=_told(_machine(), hidden),
     )
     body = msgspec.json.encode(session)
     _own.add(session.id)
@@ -204,14 +206,14 @@ def is_gone(session: Session) -> bool:
     Of an earlier boot of this very machine none does. Within this boot it is told only for the own process space.
     """
     hidden = not session.host
-    kernel = _kernel(hidden)
+    kernel = _told(_kernel(), hidden)
     if (session.host != os.uname().nodename and not hidden) or not session.kernel or not kernel:
         return False
     if session.kernel != kernel:
         rebooted = session.kernel.split()[0] != kernel.split()[0]
         # Machines that were cloned share name and id. To end a writer wrongly costs it its commit and no more; a
         # collector has no commit to refuse, so of an earlier boot it is ended by a human only.
-        same_machine = session.machine != "" and session.machine == _machine(hidden)
+        same_machine = session.machine != "" and session.machine == _told(_machine(), hidden)
         return rebooted and same_machine and session.work == CREATE
     if session.process == os.getpid():
         return session.id not in _own
@@ -237,30 +239,34 @@ def refuse_while_busy(store: Store, own: Session, work: str, url: str) -> None:
 
 
 @cache
-def _kernel(hidden: bool = False) -> str:
+def _kernel() -> str:
     """The boot of this host and the process-id space; empty where neither can be told."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot, space = file.read().strip(), os.readlink("/proc/self/ns/pid")
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-    return f"{_hidden(boot, boot)} {_hidden(boot, space)}" if hidden else f"{boot} {space}"
 
 
 @cache
-def _machine(hidden: bool = False) -> str:
+def _machine() -> str:
     """The id of this host, as machine-id(5) has it; empty where there is none."""
     try:
         with open("/etc/machine-id", encoding="ascii") as file:
-            machine = file.read().strip()
+            return file.read().strip()
     except (OSError, UnicodeDecodeError):
         return ""
-    return _hidden(machine, machine) if hidden and machine else machine
 
 
-def _hidden(secret: str, word: str) -> str:
-    """What stands for a word; `secret` is a random number that only this host knows, so nobody finds the word."""
-    return blake3.blake3(f"{secret} {word}".encode(), derive_key_context="snapcore 2026 session").hexdigest(16)
+def _told(words: str, hidden: bool) -> str:
+    """What a session says of its host; of a hidden one, what only a host that knows the words can compare.
+
+    The first word is a random number of 122 bits or more, so nobody finds the words by trying.
+    """
+    if not hidden:
+        return words
+    told = (f"{words.split()[0]} {word}".encode() for word in words.split())
+    return " ".join(blake3.blake3(word, derive_key_context="snapcore 2026 session").hexdigest(16) for word in told)
 
 
 def _started(process: int) -> int | None:

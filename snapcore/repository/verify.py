@@ -198,7 +198,8 @@ def _attempt_all(
             records=sum(part.records for part in found) + locked.records,
             plain_bytes=sum(part.plain_bytes for part in found),
             stored_bytes=sum(part.stored_bytes for part in found) + locked.stored_bytes,
-            problems=[problem for part in found for problem in part.problems] + problems,
+            # A manifest whose header is damaged is met with every domain.
+            problems=list(dict.fromkeys([problem for part in found for problem in part.problems] + problems)),
             hits=[hit for part in found for hit in part.hits],
             marked=0,
             duration_s=0.0,
@@ -253,7 +254,7 @@ def _attempt(context: Context, progress: ProgressCallback | None, hands: Executo
 
 
 def _snapshots(context: Context, problems: list[Problem]) -> list[Manifest]:
-    """All manifests of the domain that can be read. What is damaged is told once, with the plain domain."""
+    """All manifests of the domain that can be read."""
     found = []
     for name, _ in list(context.store.list(manifest.PREFIX)):
         try:
