@@ -294,7 +294,7 @@ class Keyring:
         return self._key(key_id)
 
     def share(self, key: str, other: Keyring, holder: Holder) -> Key:
-        """Make an unlocked key one of another repository too, with a holder there: chains can move there as they are."""
+        """Make an unlocked key one of another repository too, with a holder there: chains move there as they are."""
         found = self._key(key)
         if any(item.name == found.name and item.id != found.id for item in other.listed()):
             raise ExistsError(f"{other._store.url} has another key {found.name} already")
