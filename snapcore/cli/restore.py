@@ -5,20 +5,22 @@ from __future__ import annotations
 import click
 
 from snapcore.cli import output
+from snapcore.cli.unlocking import Unlocking, key_options
 
 
 @click.command()
 @click.argument("snapshot")
 @click.argument("target", type=click.Path())
 @output.repository_option
+@key_options
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
 @click.option("--allow-damaged", is_flag=True, help="Write zeros where the repository is damaged, and list them.")
 @output.json_option
-def restore(snapshot: str, target: str, place: str, in_place: bool, allow_damaged: bool, as_json: bool) -> None:
+def restore(
+    snapshot: str, target: str, place: str, keys: Unlocking, in_place: bool, allow_damaged: bool, as_json: bool
+) -> None:
     """Write SNAPSHOT to TARGET, a new file, or with --in-place an existing file or block device."""
-    from snapcore.repository import Repository
-
-    found = Repository.open(place)
+    found = keys.open(place)
     wanted = found.find(snapshot)
     with output.bar() as progress:
         done = found.restore(wanted, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress)
