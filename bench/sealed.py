@@ -2,7 +2,7 @@
 
     python bench/sealed.py IMAGE [DIR] [--runs 5]
 
-IMAGE is any disk image (`mke2fs -t ext4 -d /usr/lib IMAGE 4G` makes one of real files). Plain and encrypted commands take
+IMAGE is any disk image (`mke2fs -t ext4 -d /usr/lib IMAGE 4G` makes one of real files). Plain and encrypted ones take
 turns, each snapshot into a repository of its own in DIR, which is made before and removed after; every command is a
 process of its own. Prints medians, and ratios of medians.
 """
@@ -30,17 +30,14 @@ def once(kind: str, image: Path, scratch: Path) -> dict[str, float]:
     folder = scratch / kind
     folder.mkdir()
     unlock: tuple[str, ...] = ()
+    take = ("snapshot", "create", str(image), "--disk", "d", "--name", "the one")
     run([command(folder, "repo", "init", str(folder / "repo"))])
     if kind == "sealed":
         unlock = ("--key-file", str(folder / "key"))
         run([command(folder, "key", "create", "bench", *unlock)])
-        unlock_create = (*unlock, "--key", "bench")
-    else:
-        unlock_create = ()
+        take += (*unlock, "--key", "bench")
     os.sync()
-    taken, _ = run(
-        [command(folder, "snapshot", "create", str(image), "--disk", "d", "--name", "the one", *unlock_create)]
-    )
+    taken, _ = run([command(folder, *take)])
     os.sync()
     restored, _ = run([command(folder, "restore", "the one", str(folder / "out.img"), *unlock)])
     stored = sum(path.stat().st_size for path in (folder / "repo").rglob("*") if path.is_file())

@@ -136,13 +136,32 @@ def test_a_key_of_kms_opens_what_it_made_and_says_why_it_does_not(kms: Any) -> N
         AwsKms(other).find(parameters, PLACE)
     with pytest.raises(LockedError, match="did not make this data key"):
         AwsKms(arn).find(parameters, HERE)
-    kms.disable_key(KeyId=arn.rpartition("/")[2])
-    with pytest.raises(LockedError, match="is disabled"):
-        AwsKms(arn).find(parameters, PLACE)
-    with pytest.raises(LockedError, match="is disabled"):
-        AwsKms(arn).make(PLACE)
     with pytest.raises(LockedError, match="does not exist"):
         AwsKms("arn:aws:kms:eu-central-1:123456789012:key/00000000-0000-0000-0000-000000000000").make(PLACE)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [("DisabledException", "is disabled"), ("AccessDeniedException", "may not be used"), ("Strange", "does not give")],
+)
+def test_what_kms_refuses_is_a_key_that_is_locked(kms: Any, code: str, says: str) -> None:
+    """moto goes on with keys that are disabled, so the answers of the service are put into its client."""
+    stub = pytest.importorskip("botocore.stub")
+    parameters, _ = AwsKms("k", client=_Giving()).make(PLACE)
+    with stub.Stubber(kms) as answers:
+        answers.add_client_error("decrypt", code)
+        answers.add_client_error("generate_data_key", code)
+        with pytest.raises(LockedError, match=says):
+            AwsKms("k", client=kms).find(parameters, PLACE)
+        with pytest.raises(LockedError, match=says):
+            AwsKms("k", client=kms).make(PLACE)
+
+
+class _Giving:
+    """A client whose service always gives the same data key."""
+
+    def generate_data_key(self, **_: Any) -> dict[str, bytes]:
+        return {"CiphertextBlob": b"blob", "Plaintext": bytes(32)}
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,8 @@ from snapcore.keys.sealing import RECORD_OVERHEAD_BYTES, SALT_BYTES, SEGMENT_BYT
 
 SEALING = Sealing(b"r" * 32, b"o" * 32)
 OTHER = Sealing(b"R" * 32, b"O" * 32)
-bodies = st.one_of(
-    st.binary(max_size=100),
-    st.sampled_from(
-        [SEGMENT_BYTES - 1, SEGMENT_BYTES, SEGMENT_BYTES + 1, 3 * SEGMENT_BYTES, 5 * SEGMENT_BYTES // 2]
-    ).map(secrets.token_bytes),
-)
+LENGTHS = [SEGMENT_BYTES - 1, SEGMENT_BYTES, SEGMENT_BYTES + 1, 3 * SEGMENT_BYTES, 5 * SEGMENT_BYTES // 2]
+bodies = st.one_of(st.binary(max_size=100), st.sampled_from(LENGTHS).map(secrets.token_bytes))
 
 
 @given(st.lists(st.binary(max_size=300), max_size=5), st.binary(max_size=80))
