@@ -14,7 +14,7 @@ from functools import partial
 from snapcore.errors import DamagedError, NotFoundError, ReadError, UnsupportedFormatError
 from snapcore.parallel import in_order
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import envelope, index, manifest, pack, record
+from snapcore.repository import envelope, index, manifest, pack, record, wrap
 from snapcore.repository.damage import Bad
 from snapcore.repository.domain import PLAIN
 from snapcore.repository.envelope import Kind
@@ -40,8 +40,13 @@ def scrub(
 ) -> tuple[Scrubbed, list[Bad]]:
     """Check all packs, index objects and manifests of other domains than these. Returns also what is to be marked."""
     total = Scrubbed()
+    held = {parsed.domain for name, _ in store.list(wrap.PREFIX) if (parsed := wrap.parse_name(name)) is not None}
     for name, _ in list(store.list(manifest.PREFIX)):
-        total.snapshots += _is_locked_and_well(store, name, unlocked)
+        domain = _locked_domain(store, name, unlocked)
+        total.snapshots += domain is not None
+        if domain is not None and domain.hex() not in held:
+            what = f"this snapshot is under the key {domain.hex()}, of which the repository has no holder any more"
+            total.problems.append((name, what))
     listed = [(name, size_bytes) for name, size_bytes in store.list(index.PREFIX) if _is_locked(name, unlocked)]
     packs = [(name, size_bytes) for name, size_bytes in store.list(pack.PREFIX) if _is_locked(name, unlocked)]
     meter = Meter(progress, "scrub", sum(size_bytes for _, size_bytes in [*listed, *packs]))
@@ -69,14 +74,15 @@ def _is_locked(name: str, unlocked: frozenset[bytes]) -> bool:
         return False
 
 
-def _is_locked_and_well(store: Store, name: str, unlocked: frozenset[bytes]) -> bool:
-    """Whether a manifest is of a domain that is none of these; damaged ones are told by who reads the others."""
+def _locked_domain(store: Store, name: str, unlocked: frozenset[bytes]) -> bytes | None:
+    """The domain of a manifest when it is none of these; damaged ones are told by who reads the others."""
     try:
         data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
         kind, _, _ = envelope.check_stored(data, name)
     except (DamagedError, NotFoundError, ReadError, UnsupportedFormatError):
-        return False
-    return kind == Kind.MANIFEST and envelope.domain_of(data) not in unlocked
+        return None
+    domain = envelope.domain_of(data)
+    return None if kind != Kind.MANIFEST or domain in unlocked else domain
 
 
 def _check_index(store: Store, name: str) -> tuple[Scrubbed, list[Bad]]:
