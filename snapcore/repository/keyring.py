@@ -179,7 +179,9 @@ class Keyring:
         if not opened:
             because = f": {'; '.join(reasons)}" if reasons else ""
             raise LockedError(f"the {holder.kind} that was given opens no key of {self._store.url}{because}")
-        return [self._described(key_id, listed[key_id]) for key_id in opened]
+        return sorted(
+            (self._described(key_id, listed[key_id]) for key_id in opened), key=lambda key: (key.name, key.id)
+        )
 
     def _opens(self, holder: Holder, key_id: str, holders: list[str], reasons: list[str]) -> bool:
         for item in holders:

@@ -141,7 +141,7 @@ def test_a_holder_that_cannot_be_read_does_not_count_as_one_that_stays() -> None
     assert opens(store, "one")
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The process ends here."""
 
 
@@ -169,7 +169,7 @@ class Counting:
 
 
 def stop() -> None:
-    raise Stopped
+    raise StoppedError
 
 
 WORK: dict[str, Callable[[Repository, str], object]] = {
@@ -197,7 +197,7 @@ def test_a_crash_at_any_step_leaves_the_key_open_to_somebody_and_the_work_can_be
         repository.keyring._store = crashing
         try:
             WORK[what](repository, old)
-        except Stopped:
+        except StoppedError:
             stopped = True
         else:
             stopped = False
@@ -208,9 +208,10 @@ def test_a_crash_at_any_step_leaves_the_key_open_to_somebody_and_the_work_can_be
             again = Repository.open(store, keys=[Fixed("stays")])
             try:
                 WORK[what](again, old)
-            except (ExistsError, NotFoundError) as error:
+            except (ExistsError, NotFoundError):
                 # It was done but for its last words.
-                assert what in ("create", "remove", "rotate"), error
+                if what not in ("create", "remove", "rotate"):
+                    raise
         if what == "enable":
             assert opens(store, "stays")
         if what in ("remove", "rotate"):
@@ -437,11 +438,9 @@ def test_no_message_traceback_or_repr_holds_a_secret(tmp_path: Path) -> None:
     ):
         with pytest.raises(Error) as raised:
             call()
-        error: BaseException | None = raised.value
-        lines = traceback.TracebackException(type(error), error, raised.tb, capture_locals=True).format()  # type: ignore[arg-type]
-        shown += [line for line in lines if "words" not in line and "test_keyring" not in line]
+        shown += traceback.format_exception(raised.value)
     text = "".join(shown)
     hidden = [root, domain.chunk_key, domain.node_key, domain.tag_key, bytes.fromhex(key)]
     for secret in hidden:
         assert secret.hex() not in text and repr(secret)[2:-1] not in text
-    assert "opens no key" in text and key not in text
+    assert "opens no key" in text and key not in text and "staple" not in text
