@@ -46,9 +46,7 @@ class KeyFile:
     def create(cls, path: str | os.PathLike[str]) -> KeyFile:
         """Make a key file, readable by its owner alone, durable on return; ExistsError where something is."""
         name = os.fspath(path)
-        text = (
-            f"# Opens repositories of snapcore. Whoever has it can; without it nobody can: keep a copy.\n{_HEADING}\n"
-        )
+        text = f"# Opens repositories of snapcore. Without it nobody can: keep a copy elsewhere.\n{_HEADING}\n"
         try:
             descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from snapcore import KeyFile, Passphrase, Repository
 from tests.support import disks
 from tests.support.command import Run, asked, listed
 
@@ -25,23 +27,41 @@ def no_keys_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"SNAPCORE_{name}", raising=False)
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    return disks.image(tmp_path / "disk.img", disks.disk(1, 40))
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image `disk.img`; a repository `repo` with the key prod, held by the key file `key` and by `words`."""
+    folder = tmp_path_factory.mktemp("prepared")
+    disks.image(folder / "disk.img", disks.disk(1, 40))
+    (folder / "words").write_text(f"{SECRET}\n")
+    (folder / "wrong").write_text("another horse")
+    repository = Repository.create(folder / "repo")
+    repository.keyring.create("prod", KeyFile.create(folder / "key"))
+    repository.keyring.add("prod", Passphrase(SECRET))
+    return folder
 
 
 @pytest.fixture
-def snapshot_id(run: Run, image: Path, tmp_path: Path) -> str:
-    """A repository `repo` with the key prod, held by the key file `key` and a passphrase in `words`; one snapshot."""
-    (tmp_path / "words").write_text(f"{SECRET}\n")
-    asked(run, "repo", "init", "repo")
-    made = asked(run, "key", "create", "prod", "-r", "repo", "--key-file", "key")
-    assert (made["name"], made["disabled"], made["holders"][0]["kind"]) == ("prod", False, "key-file")
-    asked(run, "key", "add", "prod", "-r", "repo", "--key-file", "key", "--new-passphrase-file", "words")
+def image(prepared: Path, tmp_path: Path) -> Path:
+    for item in prepared.iterdir():
+        copy = shutil.copytree if item.is_dir() else shutil.copy2
+        copy(item, tmp_path / item.name)
+    return tmp_path / "disk.img"
+
+
+@pytest.fixture
+def snapshot_id(run: Run, image: Path) -> str:
+    """One snapshot under the key."""
     words = ("snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--key", "prod", "--key-file", "key")
-    found = asked(run, *words)
-    assert found["key"] == made["id"]
-    return str(found["id"])
+    return str(asked(run, *words)["id"])
+
+
+def test_a_key_is_made_with_one_holder_and_given_more(run: Run, image: Path) -> None:
+    made = asked(run, "key", "create", "more", "-r", "repo", "--key-file", "made")
+    assert (made["name"], made["disabled"], made["holders"][0]["kind"]) == ("more", False, "key-file")
+    words = ("key", "add", "more", "-r", "repo", "--key-file", "made", "--new-passphrase-file", "words")
+    assert asked(run, *words)["kind"] == "passphrase"
+    words = ("snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--key", "more", "--key-file", "made")
+    assert asked(run, *words)["key"] == made["id"]
 
 
 def test_each_way_to_give_a_key_opens_what_is_under_it(
@@ -110,11 +130,9 @@ def test_without_the_key_a_snapshot_is_listed_as_locked(run: Run, snapshot_id: s
     ],
 )
 def test_a_missing_or_wrong_key_is_told_before_any_work(
-    run: Run, snapshot_id: str, words: tuple[str, ...], says: str, tmp_path: Path
+    run: Run, snapshot_id: str, words: tuple[str, ...], says: str
 ) -> None:
-    (tmp_path / "wrong").write_text("another horse")
-    assert run("repo", "init", "elsewhere")[0] == 0
-    asked(run, "key", "create", "x", "-r", "elsewhere", "--key-file", "other")
+    KeyFile.create("other")
     before = sorted(Path("repo").rglob("*"))
     code, out, err = run(*(snapshot_id if word == "ID" else word for word in words), "-r", "repo")
     assert code in (1, 2) and out == "" and says in err
@@ -182,10 +200,9 @@ def on_a_terminal(words: list[str], folder: Path, *answers: str) -> tuple[int, s
 
 
 def test_a_passphrase_is_asked_for_on_a_terminal_and_not_shown(run: Run, image: Path, tmp_path: Path) -> None:
-    assert run("repo", "init", "repo")[0] == 0
-    code, shown = on_a_terminal(["key", "create", "prod", "-r", "repo", "--passphrase"], tmp_path, SECRET, SECRET)
-    assert code == 0 and SECRET not in shown and "made the key prod" in shown
-    words = ["snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--key", "prod"]
+    code, shown = on_a_terminal(["key", "create", "more", "-r", "repo", "--passphrase"], tmp_path, SECRET, SECRET)
+    assert code == 0 and SECRET not in shown and "made the key more" in shown
+    words = ["snapshot", "create", str(image), "-r", "repo", "--disk", "d", "--key", "more"]
     code, shown = on_a_terminal(words, tmp_path, SECRET)
     assert code == 0 and SECRET not in shown
     code, shown = on_a_terminal(["snapshot", "list", "-r", "repo"], tmp_path, "")
