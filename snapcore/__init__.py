@@ -19,6 +19,7 @@ from snapcore.errors import (
     ExistsError,
     FencedError,
     ImageError,
+    LockedError,
     MissingObjectError,
     NotFoundError,
     OutOfSpaceError,
@@ -32,11 +33,16 @@ from snapcore.errors import (
 )
 
 if TYPE_CHECKING:
+    from snapcore.keys import AwsKms, Holder, KeyFile, Passphrase
     from snapcore.pool import Disk, Pool, PoolUsage
     from snapcore.progress import Progress, ProgressCallback
     from snapcore.repository import (
+        NO_KEY,
         Collected,
         Created,
+        Key,
+        Keyring,
+        LockedSnapshot,
         Manifest,
         Repository,
         Restored,
@@ -52,6 +58,8 @@ if TYPE_CHECKING:
     from snapcore.store import LocalStore, MemoryStore, Store, open_store
 
 __all__ = [
+    "NO_KEY",
+    "AwsKms",
     "BusyError",
     "CancelledError",
     "Collected",
@@ -61,14 +69,21 @@ __all__ = [
     "Error",
     "ExistsError",
     "FencedError",
+    "Holder",
     "ImageError",
+    "Key",
+    "KeyFile",
+    "Keyring",
     "LocalStore",
+    "LockedError",
+    "LockedSnapshot",
     "Manifest",
     "MemoryStore",
     "MissingObjectError",
     "NbdServer",
     "NotFoundError",
     "OutOfSpaceError",
+    "Passphrase",
     "Pool",
     "PoolUsage",
     "Progress",
@@ -98,6 +113,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AwsKms": "snapcore.keys",
+    "Holder": "snapcore.keys",
+    "Key": "snapcore.repository",
+    "KeyFile": "snapcore.keys",
+    "Keyring": "snapcore.repository",
+    "LockedSnapshot": "snapcore.repository",
+    "NO_KEY": "snapcore.repository",
+    "Passphrase": "snapcore.keys",
     "Collected": "snapcore.repository",
     "Created": "snapcore.repository",
     "Disk": "snapcore.pool",

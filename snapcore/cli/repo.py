@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from snapcore.cli import output
+from snapcore.cli.unlocking import Unlocking, key_options
 
 directory = click.argument("place", metavar="PLACE", envvar="SNAPCORE_REPO")
 
@@ -32,13 +33,13 @@ def init(place: str, chunk_size: int, compression: str, as_json: bool) -> None:
 
 @repo.command()
 @directory
+@key_options
 @output.json_option
-def info(place: str, as_json: bool) -> None:
+def info(place: str, keys: Unlocking, as_json: bool) -> None:
     """Show parameters and sizes."""
-    from snapcore.repository import Repository
-
-    found = Repository.open(place)
+    found = keys.open(place)
     snapshots = found.snapshots()
+    locked = found.locked_snapshots()
     usage = found.usage()
     facts = {
         "id": found.id,
@@ -46,6 +47,7 @@ def info(place: str, as_json: bool) -> None:
         "chunk_bytes": found.chunk_bytes,
         "compression": found.compression,
         "snapshots": len(snapshots),
+        "locked_snapshots": len(locked),
         "disks": len({item.disk for item in snapshots}),
         "reachable_plain_bytes": usage.plain_bytes,
         "reachable_stored_bytes": usage.stored_bytes,
@@ -58,19 +60,21 @@ def info(place: str, as_json: bool) -> None:
     click.echo(f"id          {found.id}")
     click.echo(f"chunks      {output.size(found.chunk_bytes)}, {found.compression}")
     click.echo(f"holds       {facts['snapshots']} snapshots of {facts['disks']} disks")
+    if locked:
+        click.echo(f"locked      {len(locked)} snapshots more, under keys that are not unlocked")
     click.echo(f"needed      {output.size(usage.plain_bytes)} of data in {output.size(usage.stored_bytes)}")
     click.echo(f"stored      {output.size(found.stored_bytes())}; `snapcore repo collect` frees what is not needed")
 
 
 @repo.command()
 @directory
+@key_options
 @output.json_option
-def collect(place: str, as_json: bool) -> None:
-    """Free the space of what no snapshot needs any more."""
-    from snapcore.repository import Repository
-
+def collect(place: str, keys: Unlocking, as_json: bool) -> None:
+    """Free the space of what no snapshot needs any more; what is under keys that are not unlocked stays."""
+    found = keys.open(place)
     with output.bar() as progress:
-        done = Repository.open(place).collect(progress=progress)
+        done = found.collect(progress=progress)
     if as_json:
         output.print_json(
             {
@@ -89,13 +93,13 @@ def collect(place: str, as_json: bool) -> None:
 
 @repo.command("rebuild-index")
 @directory
+@key_options
 @output.json_option
-def rebuild_index(place: str, as_json: bool) -> None:
-    """Make the index anew from the packs."""
-    from snapcore.repository import Repository
-
+def rebuild_index(place: str, keys: Unlocking, as_json: bool) -> None:
+    """Make the index anew from the packs; that of keys which are not unlocked stays as it is."""
+    found = keys.open(place)
     with output.bar() as progress:
-        entries = Repository.open(place).rebuild_index(progress=progress)
+        entries = found.rebuild_index(progress=progress)
     if as_json:
         output.print_json({"entries": entries})
     else:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import click
 
 from snapcore.cli import images, output
+from snapcore.cli.unlocking import Unlocking, key_options
 
 
 @click.command()
 @click.argument("snapshot")
 @click.argument("target", type=click.Path())
 @output.repository_option
+@key_options
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
 @click.option("--allow-damaged", is_flag=True, help="Write zeros where the repository is damaged, and list them.")
 @images.written_format_option
@@ -20,6 +22,7 @@ def restore(
     snapshot: str,
     target: str,
     place: str,
+    keys: Unlocking,
     in_place: bool,
     allow_damaged: bool,
     written_format: str,
@@ -33,9 +36,7 @@ def restore(
     as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     if as_image and allow_damaged:
         raise click.UsageError("--allow-damaged is for raw images in files and devices")
-    from snapcore.repository import Repository
-
-    found = Repository.open(place)
+    found = keys.open(place)
     wanted = found.find(snapshot)
     if as_image:
         with found.open_snapshot(wanted) as reader, output.bar() as progress:

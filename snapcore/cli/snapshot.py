@@ -6,6 +6,7 @@ import click
 from click.core import ParameterSource
 
 from snapcore.cli import images, output
+from snapcore.cli.unlocking import Unlocking, key_options
 from snapcore.source import formats
 
 _PLACES = ("pool", "repo", "as_json")
@@ -38,6 +39,9 @@ def snapshot() -> None:
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
 @click.option("--name", "label", help="A name to find the snapshot by.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
+@click.option("--key", metavar="NAME", help="The key that the disk's chain shall be, or is, under.")
+@click.option("--no-key", is_flag=True, help="The disk's chain shall be, or is, a plain one.")
+@key_options
 @output.json_option
 def create(
     image: str,
@@ -52,6 +56,9 @@ def create(
     compression: str | None,
     label: str | None,
     tags: tuple[str, ...],
+    key: str | None,
+    no_key: bool,
+    keys: Unlocking,
     as_json: bool,
 ) -> None:
     """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed.
@@ -68,18 +75,20 @@ def create(
         return
     if disk is None:
         raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
-    from snapcore.repository import Repository
+    if key is not None and no_key:
+        raise click.UsageError("--key and --no-key exclude each other")
+    from snapcore.repository import NO_KEY
 
     pairs = [tag.partition("=") for tag in tags]
-    for key, sign, _ in pairs:
-        if not key or not sign:
-            raise click.UsageError(f"a tag has the form KEY=VALUE, not {key!r}")
-    repository = Repository.open(place.path)
+    for name, sign, _ in pairs:
+        if not name or not sign:
+            raise click.UsageError(f"a tag has the form KEY=VALUE, not {name!r}")
+    found = keys.open(place.path)
     with (
         images.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
         output.bar() as progress,
     ):
-        done = repository.snapshot(
+        done = found.snapshot(
             source,
             disk=disk,
             parent=parent,
@@ -87,7 +96,8 @@ def create(
             paranoid=paranoid,
             compression=compression,
             label=label,
-            tags={key: value for key, _, value in pairs},
+            tags={name: value for name, _, value in pairs},
+            key=NO_KEY if no_key else key,
             progress=progress,
         )
     made = done.snapshot
@@ -98,6 +108,7 @@ def create(
                 "disk": made.disk,
                 "name": made.label,
                 "parent": made.parent,
+                "key": made.key,
                 "created": made.created,
                 "size_bytes": made.size_bytes,
                 "read_bytes": done.read_bytes,
@@ -131,20 +142,25 @@ def _refuse_options(*allowed: str) -> None:
 @snapshot.command("list")
 @output.place_option
 @click.option("--disk", help="Only those of this disk.")
+@key_options
 @output.json_option
-def list_(place: output.Place, disk: str | None, as_json: bool) -> None:
-    """List snapshots; with --json one object a line."""
+def list_(place: output.Place, disk: str | None, keys: Unlocking, as_json: bool) -> None:
+    """List snapshots; with --json one object a line. Of those under keys that are not unlocked, that they are there."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.list_(place.path, disk, as_json=as_json)
         return
-    from snapcore.repository import Repository
-
-    found = Repository.open(place.path).snapshots(disk)
+    repository = keys.open(place.path)
+    found = repository.snapshots(disk)
+    locked = repository.locked_snapshots() if disk is None else []
+    names = {item.id: item.name for item in repository.keyring.listed()} if locked or any(f.key for f in found) else {}
     if as_json:
         for item in found:
             output.print_json(item)
+        for hidden in locked:
+            known = {"id": hidden.id, "disk": None, "key": hidden.key, "key_name": names.get(hidden.key)}
+            output.print_json(known | {"locked": True})
         return
     rows = [
         [
@@ -159,15 +175,21 @@ def list_(place: output.Place, disk: str | None, as_json: bool) -> None:
         ]
         for item in found
     ]
+    rows += [[hidden.id[:12], "(locked)", "", "", "", "", "", ""] for hidden in locked]
     headings = ["id", "disk", "name", "created (UTC)", "size", "written", "changed", "stored"]
+    if names:
+        headings.append("key")
+        under = [item.key for item in found] + [hidden.key for hidden in locked]
+        rows = [[*row, "" if key is None else names.get(key, key)] for row, key in zip(rows, under, strict=True)]
     output.table(headings, rows, right=frozenset({4, 5, 6, 7}))
 
 
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
 @output.place_option
+@key_options
 @output.json_option
-def show(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
+def show(ids: tuple[str, ...], place: output.Place, keys: Unlocking, as_json: bool) -> None:
     """Show snapshots, and what deleting all the given ones would free."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
@@ -176,9 +198,7 @@ def show(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
         return
     import msgspec
 
-    from snapcore.repository import Repository
-
-    found = Repository.open(place.path)
+    found = keys.open(place.path)
     chosen = [found.find(item) for item in ids]
     unique = found.unique(chosen)
     if as_json:
@@ -200,17 +220,16 @@ def show(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
 @click.argument("a")
 @click.argument("b")
 @output.place_option
+@key_options
 @output.json_option
-def diff(a: str, b: str, place: output.Place, as_json: bool) -> None:
+def diff(a: str, b: str, place: output.Place, keys: Unlocking, as_json: bool) -> None:
     """Print where two snapshots differ, in bytes. With -p either may be a disk: as it is now."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.diff(place.path, a, b, as_json=as_json)
         return
-    from snapcore.repository import Repository
-
-    rows = Repository.open(place.path).diff(a, b)
+    rows = keys.open(place.path).diff(a, b)
     if as_json:
         output.print_json({"extents": output.extents_json(rows)})
         return
@@ -220,17 +239,16 @@ def diff(a: str, b: str, place: output.Place, as_json: bool) -> None:
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
 @output.place_option
+@key_options
 @output.json_option
-def delete(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
+def delete(ids: tuple[str, ...], place: output.Place, keys: Unlocking, as_json: bool) -> None:
     """Delete snapshots, in any order. In a repository `snapcore repo collect` frees their space."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.delete(place.path, ids, as_json=as_json)
         return
-    from snapcore.repository import Repository
-
-    found = Repository.open(place.path)
+    found = keys.open(place.path)
     for item in ids:
         gone = found.delete(item)
         if as_json:

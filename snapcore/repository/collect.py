@@ -61,7 +61,7 @@ def collect(
     context: Context, snapshots: Callable[[], list[Manifest]], progress: ProgressCallback | None = None
 ) -> Collected:
     """Remove what no snapshot reaches; see `Repository.collect`. `snapshots` lists all, once nobody writes."""
-    own = session.register(context.store, session.COLLECT)
+    own = session.register(context.store, session.COLLECT, hidden=context.domain.sealing is not None)
     try:
         session.refuse_while_busy(context.store, own, session.CREATE, context.store.url)
         session.refuse_while_busy(context.store, own, session.COLLECT, context.store.url)
@@ -76,8 +76,9 @@ class _Collection:
     def __init__(self, context: Context, own: Session, snapshots: list[Manifest]) -> None:
         self._own = own
         self._store = context.store
-        self._sizes = pack.sizes(self._store)
-        self._old_index = dict(self._store.list("index/"))
+        self._domain = context.domain
+        self._sizes = pack.sizes(self._store, self._domain)
+        self._old_index = dict(index.listed(self._store, self._domain))
         known = context.index()
         adopted = self._adopt(known)
         self._objects = Objects(self._store, known, context.domain, context.config.chunk_bytes)
@@ -91,9 +92,9 @@ class _Collection:
 
     def _adopt(self, known: Index) -> bool:
         """Let the index know of packs that no index object names."""
-        found = index.unindexed_packs(self._store, known.packs())
+        found = index.unindexed_packs(self._store, known.packs(), self._domain)
         for pack_id, size_bytes in found:
-            known.add_table(pack.contents(self._store, pack_id, size_bytes))
+            known.add_table(pack.contents(self._store, pack_id, size_bytes, self._domain))
         return bool(found)
 
     def run(self, progress: ProgressCallback | None) -> Collected:
@@ -109,11 +110,11 @@ class _Collection:
             self._replace_index(moved, dead | moved_from)
         for pack_id in sorted(dead | moved_from):
             session.check(self._store, self._own)
-            self._store.delete(pack.name(pack_id))
+            self._store.delete(pack.name(pack_id, self._domain))
             self._freed_bytes += self._sizes[pack_id]
         self._forget_damage(dead | moved_from)
         self._freed_bytes += self._store.sweep()
-        left = sum(size_bytes for _, size_bytes in self._store.list("packs/"))
+        left = sum(pack.sizes(self._store, self._domain).values())
         return Collected(self._freed_bytes, len(dead | moved_from), len(moved_from), left)
 
     def _parts(self) -> Iterator[tuple[Table, npt.NDArray[np.bool]]]:
@@ -157,7 +158,7 @@ class _Collection:
 
         def finish(builder: PackBuilder) -> None:
             buffers, contents = builder.finish()
-            self._freed_bytes -= self._store.put_new(pack.name(builder.id), buffers)
+            self._freed_bytes -= self._store.put_new(builder.name, buffers)
             written.append(contents)
 
         for contents, reached in self._parts():
@@ -165,7 +166,7 @@ class _Collection:
             rows = contents.entries[reached & np.isin(contents.entries["pack"], places)]
             for row in rows[np.lexsort((rows["offset"], rows["pack"]))]:
                 item = self._moved(row, contents)
-                builder = builders.setdefault(item.kind, PackBuilder())
+                builder = builders.setdefault(item.kind, PackBuilder(self._domain))
                 builder.add(item)
                 meter.advance(item.stored_bytes)
                 if builder.size_bytes >= pack.PACK_BYTES:
@@ -177,13 +178,14 @@ class _Collection:
     def _moved(self, row: np.void, contents: Table) -> Record:
         """A record as it is stored, its checksums checked."""
         pack_id = contents.packs[row["pack"]]
-        where = f"{pack.name(pack_id)} at {row['offset']}"
-        raw = self._store.get_range(pack.name(pack_id), int(row["offset"]), int(row["stored"]))
+        name = pack.name(pack_id, self._domain)
+        where = f"{name} at {row['offset']}"
+        raw = self._store.get_range(name, int(row["offset"]), int(row["stored"]))
         head = record.parse_header(raw, where)
         payload = raw[record.HEADER_BYTES :]
         if head.id != row["key"].tobytes() + row["rest"].tobytes() or head.kind != row["kind"]:
             raise DamagedError(f"{where}: the record of {head.id.hex()} is not the one that the index names")
-        record.payload_plain(head, payload, table.STORED_LIMIT_BYTES, where)
+        record.payload_plain(head, payload, table.STORED_LIMIT_BYTES, where, self._domain)
         base = None if row["base"] == NO_BASE else contents.bases[row["base"]].tobytes()
         kind = RecordKind(head.kind)
         return Record(
@@ -208,7 +210,7 @@ class _Collection:
                 Table(contents.packs, contents.entries[~np.isin(contents.entries["pack"], lost)], contents.bases)
             )
         for part in table.split(table.merge([*kept, *moved])):
-            _, size_bytes = index.write(self._store, part)
+            _, size_bytes = index.write(self._store, part, self._domain)
             self._freed_bytes -= size_bytes
         for name, size_bytes in self._old_index.items():
             session.check(self._store, self._own)

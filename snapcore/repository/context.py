@@ -1,4 +1,7 @@
-"""What every piece of work on a repository needs: its store, its parameters and its keys."""
+"""What every piece of work on a repository needs: its store, its parameters and the keys of one domain.
+
+Work is on one domain: packs, index objects and manifests of others are not seen.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from snapcore.errors import NotFoundError, StoreError
 from snapcore.repository import damage
 from snapcore.repository.config import Config
-from snapcore.repository.domain import Domain
+from snapcore.repository.domain import Domain, Domains
 from snapcore.repository.index import Index
 from snapcore.repository.objects import Objects
 from snapcore.store import Store
@@ -23,11 +26,16 @@ class Context:
     config: Config
     domain: Domain
 
+    @property
+    def domains(self) -> Domains:
+        """The domain by its id."""
+        return {self.domain.id: self.domain}
+
     def index(self) -> Index:
         """Where records lie, as the store says now; damaged ones are left out."""
         for _ in range(_LOADS):
             try:
-                return Index.load(self.store, damage.places(damage.load(self.store)))
+                return Index.load(self.store, damage.places(damage.load(self.store)), domain=self.domain)
             except NotFoundError:
                 # A collection has put a new index in the place of the one that was listed.
                 continue

@@ -79,6 +79,7 @@ class Request:
     compression: str | None = None
     label: str | None = None
     tags: dict[str, str] | None = None
+    reason: str | None = None
 
 
 def create(
@@ -112,7 +113,7 @@ def create(
 def newest(context: Context, disk: str) -> Manifest | None:
     """The last snapshot of a disk's chain."""
     for name in reversed(list(manifest.names(context.store, context.domain, disk))):
-        found = manifest.read(context.store, name, context.domain, context.config.chunk_bytes)
+        found = manifest.read(context.store, name, context.domains, context.config.chunk_bytes)
         if found is not None:
             return found
     return None
@@ -127,7 +128,7 @@ def _register(context: Context, request: Request) -> tuple[Session, str, Manifes
         if sequence > manifest.SEQUENCE_LIMIT:
             raise RefusedError(f"the chain of {request.disk} has no number left; go on under another disk's name")
         name = manifest.name(context.domain, request.disk, sequence, secrets.token_hex(16))
-        own = session.register(context.store, session.CREATE, name)
+        own = session.register(context.store, session.CREATE, name, hidden=context.domain.sealing is not None)
         try:
             if parent is None or _is_there(context, parent):
                 return own, name, parent
@@ -140,7 +141,7 @@ def _register(context: Context, request: Request) -> tuple[Session, str, Manifes
 
 def _is_there(context: Context, snapshot: Manifest) -> bool:
     name = manifest.name(context.domain, snapshot.disk, snapshot.sequence, snapshot.id)
-    return manifest.read(context.store, name, context.domain, context.config.chunk_bytes) is not None
+    return manifest.read(context.store, name, context.domains, context.config.chunk_bytes) is not None
 
 
 def _look(context: Context, own: Session) -> list[Session]:
@@ -181,15 +182,15 @@ class _Job:
         self._chunks = -(-self._size_bytes // self._chunk_bytes)
         self.read_bytes = 0
         marked = damage.load(context.store)
-        known = Index.load(context.store, damage.places(marked))
+        known = Index.load(context.store, damage.places(marked), domain=context.domain)
         reader = PendingReader(context.store)
         self._objects = Objects(reader, known, context.domain, self._chunk_bytes)
         self._compression = request.compression or context.config.compression
         self._storer = Storer(context.store, known, self._objects, reader, self._compression)
         self._adopt(known)
         # What other writers published, dead ones included, may not be durable yet, and this snapshot will rely on it.
-        context.store.settle("packs/")
-        context.store.settle("index/")
+        context.store.settle(pack.PREFIX + context.domain.folder)
+        context.store.settle(index.PREFIX + context.domain.folder)
         self._hints = Hints(context.config.id, context.domain.disk_tag(request.disk), self._chunk_bytes)
         self._lost_nodes: set[bytes] = set()
         self._suspect = self._damaged_in_parent(known, {bytes.fromhex(bad.id) for bad in marked})
@@ -201,9 +202,9 @@ class _Job:
         Of a writer that lives both name them in the end, which costs entries and harms nothing: a pack has its name
         when it is whole, and a patch whose base is in none of the packs is not taken for a chunk.
         """
-        for pack_id, size_bytes in index.unindexed_packs(self._context.store, known.packs()):
+        for pack_id, size_bytes in index.unindexed_packs(self._context.store, known.packs(), self._context.domain):
             with contextlib.suppress(DamagedError, ReadError):
-                contents = pack.read_directory(self._context.store, pack_id, size_bytes)
+                contents = pack.read_directory(self._context.store, pack_id, size_bytes, self._context.domain)
                 known.add_table(contents)
                 self._storer.add_table(contents)
 
@@ -235,6 +236,8 @@ class _Job:
 
     def _why_more(self) -> str | None:
         request, parent = self._request, self._parent
+        if request.reason is not None:
+            return request.reason
         if parent is None:
             if request.changed is None:
                 return None
@@ -317,6 +320,7 @@ class _Job:
             # A path may hold bytes that are no text; it is for people only.
             source=self._source.name.encode("utf-8", "backslashreplace").decode(),
             software=f"snapcore {VERSION}",
+            key=self._context.domain.key_id,
         )
         self._commit(own, object_name, snapshot)
         self._hints.finish(snapshot.id, self._chunks)
@@ -415,7 +419,7 @@ class _Job:
             # Damaged sessions are ended without a tombstone, for the name of the manifest is lost with them.
             session.check(self._context.store, own)
             self.commit_tried = True
-            manifest.write(self._context.store, object_name, snapshot)
+            manifest.write(self._context.store, object_name, snapshot, self._context.domain)
         except (ExistsError, FencedError) as error:
             raise FencedError(
                 f"the session of snapshot {snapshot.id} was ended by somebody else before it was done; nothing is "

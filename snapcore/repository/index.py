@@ -12,6 +12,7 @@ object after its packs, or the bases of its patches, were collected.
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 from collections import OrderedDict
@@ -23,17 +24,20 @@ import numpy.typing as npt
 
 from snapcore.errors import DamagedError, Error, NotFoundError, ReadError, UnsupportedFormatError
 from snapcore.repository import envelope, pack, table
-from snapcore.repository.domain import ID_BYTES
+from snapcore.repository.domain import ID_BYTES, PLAIN, Domain
 from snapcore.repository.envelope import Kind
 from snapcore.repository.table import ENTRY, FENCE_ENTRIES, NO_BASE, PACK_ID_BYTES, Entries, Ids, Table
 from snapcore.store.interface import Store
 
+PREFIX = "index/"
 RESIDENT_ENTRIES = 1 << 19
 # Of at most 3.7 kB each.
 _PAGES_KEPT = 4096
 _BASES_PAGE = 64
 _HEAD_BYTES = 4096
 _VALUES = ["rest", "pack", "offset", "stored", "plain", "kind", "form", "base"]
+
+_OF_SEALED_DOMAIN = re.compile(r"index/[0-9a-f]{32}/[0-9a-f]{32}")
 
 BadPlaces = frozenset[tuple[bytes, int]]
 
@@ -152,13 +156,17 @@ class _Pages:
 class _Paged:
     """An index object of which only the fence is in memory; 64 entries are read at a time and checked."""
 
-    def __init__(self, store: Store, name: str, size_bytes: int, first_slot: int, pages: _Pages) -> None:
+    def __init__(
+        self, store: Store, name: str, size_bytes: int, first_slot: int, pages: _Pages, domain: Domain
+    ) -> None:
         self._store = store
+        self._domain = domain
         self._pages = pages
         self._name = name
-        self._body_bytes = size_bytes - envelope.HEADER_BYTES - envelope.CHECKSUM_BYTES
+        self._body = envelope.Body(store, name, size_bytes, _id_in(name, domain), domain)
         self.first_slot = first_slot
-        self._layout = table.layout(self._read(0, min(_HEAD_BYTES, self._body_bytes)), self._body_bytes, name)
+        body_bytes = self._body.length_bytes
+        self._layout = table.layout(self._read(0, min(_HEAD_BYTES, body_bytes)), body_bytes, name)
         self.entries = self._layout.count
         found = self._layout
         head = self._read(0, found.entries_at)
@@ -166,7 +174,7 @@ class _Paged:
         self._fence = np.frombuffer(head, dtype="<u8", offset=found.fence_at)
 
     def _read(self, offset_bytes: int, length_bytes: int) -> bytes:
-        return self._store.get_range(self._name, envelope.HEADER_BYTES + offset_bytes, length_bytes)
+        return self._body.read(offset_bytes, length_bytes)
 
     def _page(self, number: int) -> Entries:
         start = number * FENCE_ENTRIES
@@ -213,7 +221,7 @@ class _Paged:
         return self._packs
 
     def all_entries(self) -> Table:
-        return load(self._store, self._name)
+        return load(self._store, self._name, self._domain)
 
 
 def _matches(
@@ -248,10 +256,11 @@ def _matches(
 
 
 class Index:
-    """All index objects of a repository and what the own session adds."""
+    """All index objects of a domain and what the own session adds."""
 
-    def __init__(self, store: Store, bad: BadPlaces = frozenset()) -> None:
+    def __init__(self, store: Store, bad: BadPlaces = frozenset(), domain: Domain = PLAIN) -> None:
         self._store = store
+        self._domain = domain
         self._parts: list[_Resident | _Paged] = []
         self._pages = _Pages()
         self._new: dict[bytes, Place] = {}
@@ -266,8 +275,9 @@ class Index:
         store: Store,
         bad: BadPlaces = frozenset(),
         damaged: Callable[[str, Error], None] | None = None,
+        domain: Domain = PLAIN,
     ) -> Index:
-        """All index objects that the store lists.
+        """All index objects of a domain that the store lists.
 
         Parameters
         ----------
@@ -276,21 +286,22 @@ class Index:
         damaged : callable, optional
             Is told of index objects that cannot be read; without it the first one is an error. The checksums of
             large ones, of which a look-up reads a part only, are checked then too.
+        domain : Domain
         """
-        index = cls(store, bad)
-        found = sorted(store.list("index/"), key=lambda item: (item[1], item[0]))
+        index = cls(store, bad, domain)
+        found = sorted(listed(store, domain), key=lambda item: (item[1], item[0]))
         index.names = frozenset(name for name, _ in found)
         small: list[Table] = []
         for name, size_bytes in found:
             entries = size_bytes // ENTRY.itemsize
             try:
                 if index._resident + entries <= RESIDENT_ENTRIES:
-                    small.append(load(store, name))
+                    small.append(load(store, name, domain))
                     index._resident += len(small[-1].entries)
                 else:
                     if damaged is not None:
-                        load(store, name)
-                    index._add_part(_Paged(store, name, size_bytes, index.slots, index._pages))
+                        load(store, name, domain)
+                    index._add_part(_Paged(store, name, size_bytes, index.slots, index._pages, domain))
             except (DamagedError, ReadError, UnsupportedFormatError) as error:
                 if damaged is None:
                     raise
@@ -300,7 +311,7 @@ class Index:
             index._add_part(_Resident(table.merge(small), index.slots))
         # Listed last: a pack is there before an index object names it, and a writer has kept collectors away by now.
         named = frozenset(pack_id for part in index._parts for pack_id in part.packs())
-        index._bad.gone = named - pack.sizes(store).keys()
+        index._bad.gone = named - pack.sizes(store, domain).keys()
         return index
 
     def _add_part(self, part: _Resident | _Paged) -> None:
@@ -325,7 +336,7 @@ class Index:
             self._resident += len(contents.entries)
             self._add_part(_Resident(contents, self.slots))
         else:
-            self._add_part(_Paged(self._store, name, size_bytes, self.slots, self._pages))
+            self._add_part(_Paged(self._store, name, size_bytes, self.slots, self._pages, self._domain))
         for record_id in contents.ids():
             self._new.pop(record_id.tobytes(), None)
 
@@ -386,25 +397,37 @@ class Index:
         return [part.all_entries() for part in self._parts]
 
 
-def load(store: Store, name: str) -> Table:
-    """Read one index object whole and check it."""
+def listed(store: Store, domain: Domain = PLAIN) -> list[tuple[str, int]]:
+    """(name, size in bytes) of every index object of a domain; of the plain one, also of what has another name."""
+    found = store.list(PREFIX + domain.folder)
+    return [item for item in found if domain.folder or not _OF_SEALED_DOMAIN.fullmatch(item[0])]
+
+
+def _id_in(name: str, domain: Domain) -> bytes:
+    """The id in the name of an index object."""
     try:
-        object_id = bytes.fromhex(name.removeprefix("index/"))
+        return bytes.fromhex(name.removeprefix(PREFIX + domain.folder))
     except ValueError as error:
         raise DamagedError(f"{name} is no name of an index object; remove it") from error
+
+
+def load(store: Store, name: str, domain: Domain = PLAIN) -> Table:
+    """Read one index object whole and check it."""
+    object_id = _id_in(name, domain)
     data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
-    kind, _, body = envelope.opened(data, name, object_id)
+    kind, _, body = envelope.opened(data, name, object_id, domain)
     envelope.expect(kind, Kind.INDEX, name)
     return table.parse(body, name)
 
 
-def write(store: Store, contents: Table) -> tuple[str, int]:
+def write(store: Store, contents: Table, domain: Domain = PLAIN) -> tuple[str, int]:
     """Store one index object. Returns its name and size in bytes."""
     object_id = secrets.token_bytes(PACK_ID_BYTES)
-    name = f"index/{object_id.hex()}"
-    return name, store.put_new(name, [envelope.sealed(Kind.INDEX, object_id, contents.to_bytes())])
+    name = f"{PREFIX}{domain.folder}{object_id.hex()}"
+    return name, store.put_new(name, [envelope.sealed(Kind.INDEX, object_id, contents.to_bytes(), domain)])
 
 
-def unindexed_packs(store: Store, known: set[bytes]) -> list[tuple[bytes, int]]:
-    """(id, size in bytes) of packs in the store that no entry names."""
-    return [(pack_id, size_bytes) for pack_id, size_bytes in pack.sizes(store).items() if pack_id not in known]
+def unindexed_packs(store: Store, known: set[bytes], domain: Domain = PLAIN) -> list[tuple[bytes, int]]:
+    """(id, size in bytes) of packs of a domain in the store that no entry names."""
+    sizes = pack.sizes(store, domain)
+    return [(pack_id, size_bytes) for pack_id, size_bytes in sizes.items() if pack_id not in known]

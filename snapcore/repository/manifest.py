@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import msgspec
 
-from snapcore.errors import DamagedError, NotFoundError, UsageError
+from snapcore.errors import DamagedError, LockedError, NotFoundError, UsageError
 from snapcore.repository import envelope, tree
-from snapcore.repository.domain import Domain
+from snapcore.repository.domain import PLAIN, Domain, Domains
 from snapcore.repository.envelope import Kind
 from snapcore.repository.tree import Root
 from snapcore.store.interface import Store
@@ -46,6 +46,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         Why more was read or hashed than what changed.
     label, tags, source, software
         For people.
+    key : str or None
+        Id of the key that it is sealed under, 32 hexadecimal digits; None for a plain one.
     """
 
     id: str
@@ -66,6 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tags: dict[str, str] = msgspec.field(default_factory=dict)
     source: str | None = None
     software: str = ""
+    key: str | None = None
 
     @property
     def tree(self) -> Root:
@@ -130,15 +133,17 @@ def id_in(object_name: str) -> str:
     return object_name[-32:]
 
 
-def write(store: Store, object_name: str, manifest: Manifest) -> int:
+def write(store: Store, object_name: str, manifest: Manifest, domain: Domain = PLAIN) -> int:
     """Commit a snapshot: ExistsError when a tombstone was put in its place, UsageError when nobody could read it."""
+    if manifest.key != domain.key_id:
+        raise ValueError(f"a manifest of the key {manifest.key} for the domain {domain}")
     body = msgspec.json.encode(manifest)
     if len(body) > envelope.JSON_LIMIT_BYTES:
         raise UsageError(
             f"label, tags and the source's name make a manifest of {len(body)} bytes where "
             f"{envelope.JSON_LIMIT_BYTES} are the most"
         )
-    return store.put_new(object_name, [envelope.sealed(Kind.MANIFEST, bytes.fromhex(manifest.id), body)])
+    return store.put_new(object_name, [envelope.sealed(Kind.MANIFEST, bytes.fromhex(manifest.id), body, domain)])
 
 
 def write_tombstone(store: Store, object_name: str) -> None:
@@ -146,14 +151,24 @@ def write_tombstone(store: Store, object_name: str) -> None:
     store.put_new(object_name, [envelope.sealed(Kind.TOMBSTONE, bytes.fromhex(id_in(object_name)), b"{}")])
 
 
-def read(store: Store, object_name: str, domain: Domain, chunk_bytes: int) -> Manifest | None:
-    """A manifest, every field checked, its chunk size too; None for a tombstone or one that was deleted meanwhile."""
+def read(store: Store, object_name: str, domains: Domains, chunk_bytes: int) -> Manifest | None:
+    """A manifest, every field checked, its chunk size too; None for a tombstone or one that was deleted meanwhile.
+
+    LockedError for one that is well, as far as can be seen, and of none of these domains.
+    """
     where = f"{store.url}/{object_name}"
     try:
         data = store.get(object_name, envelope.OBJECT_LIMIT_BYTES)
     except NotFoundError:
         return None
-    kind, _, body = envelope.opened(data, where, bytes.fromhex(id_in(object_name)))
+    object_id = bytes.fromhex(id_in(object_name))
+    found = envelope.domain_of(data)
+    # Tombstones stand in the clear: whoever ends a session need not have its key.
+    domain = PLAIN if envelope.kind_of(data) == Kind.TOMBSTONE else domains.get(found)
+    if domain is None:
+        envelope.check_stored(data, where, object_id)
+        raise LockedError(f"{where} is of the domain {found.hex()}, whose key is not unlocked", found.hex())
+    kind, _, body = envelope.opened(data, where, object_id, domain)
     if kind == Kind.TOMBSTONE:
         return None
     envelope.expect(kind, Kind.MANIFEST, where)
@@ -166,6 +181,7 @@ def read(store: Store, object_name: str, domain: Domain, chunk_bytes: int) -> Ma
         and manifest.levels == tree.levels_for(manifest.chunks)
         and re.fullmatch(r"[0-9a-f]{64}", root)
         and all(0 <= count <= _COUNT_LIMIT_BYTES for count in counts)
+        and manifest.key == domain.key_id
         and object_name == name(domain, manifest.disk, manifest.sequence, manifest.id)
     )
     if not whole:

@@ -14,9 +14,10 @@ from typing import NamedTuple, TypeVar
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
 from snapcore.persist import Buffer
 from snapcore.repository import pack, record
+from snapcore.repository.codec import Codec
 from snapcore.repository.domain import Domain
 from snapcore.repository.index import Index, Place
-from snapcore.repository.record import UNIT_BYTES, Form, RecordKind
+from snapcore.repository.record import UNIT_BYTES, Form, Record, RecordKind
 from snapcore.repository.table import Ids, ids_of
 from snapcore.repository.tree import NODE_BYTES
 from snapcore.store.interface import Reader
@@ -30,6 +31,8 @@ _RUN_BYTES = 4 << 20
 _RENEWALS = 3
 
 Result = TypeVar("Result")
+# Makes of (kind, id, place, the record as it is stored) what is wanted.
+Use = Callable[[RecordKind, bytes, Place, memoryview], Result]
 
 
 class Base(NamedTuple):
@@ -132,7 +135,7 @@ class Objects:
                 wanted.append(number)
                 joined += place.base or old_ids[number].tobytes()
         base_ids = ids_of(joined)
-        for number, plain in self._many(kind, base_ids, self.index.find_many_full(base_ids)):
+        for number, plain in self._many(kind, base_ids, self.index.find_many_full(base_ids), self._decoded):
             if not isinstance(plain, DamagedError):
                 found[wanted[number]] = Base(base_ids[number].tobytes(), plain)
         return found
@@ -146,7 +149,7 @@ class Objects:
             for number in range(len(ids)):
                 yield number, self._chunk_or_error(ids[number].tobytes())
             return
-        for number, plain in self._many(RecordKind.CHUNK, ids, places):
+        for number, plain in self._many(RecordKind.CHUNK, ids, places, self._decoded):
             if isinstance(plain, DamagedError) and self._renew is not None:
                 yield number, self._chunk_or_error(ids[number].tobytes())
             else:
@@ -154,7 +157,14 @@ class Objects:
 
     def full(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
         """(number, bytes or what is wrong) for every object of `ids`, each as it is stored in full; see `chunks`."""
-        return self._many(kind, ids, self.index.find_many_full(ids))
+        return self._many(kind, ids, self.index.find_many_full(ids), self._decoded)
+
+    def stored(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Record | DamagedError]]:
+        """(number, record or what is wrong) for every object of `ids`: records as they are stored, not opened.
+
+        Their checksums are checked, and no key is used. A patch is a record with a base, which is to be moved too.
+        """
+        return self._many(kind, ids, self.index.find_many(ids), self._as_stored)
 
     def _chunk_or_error(self, object_id: bytes) -> Buffer | DamagedError:
         try:
@@ -163,8 +173,8 @@ class Objects:
             return error
 
     def _many(
-        self, kind: RecordKind, ids: Ids, places: list[Place | None]
-    ) -> Iterator[tuple[int, Buffer | DamagedError]]:
+        self, kind: RecordKind, ids: Ids, places: list[Place | None], use: Use[Result]
+    ) -> Iterator[tuple[int, Result | DamagedError]]:
         wanted: list[tuple[bytes, int, int, Place]] = []
         for number, place in enumerate(places):
             if place is None or place.kind != kind:
@@ -183,7 +193,7 @@ class Objects:
                     break
                 stop = max(stop, offset + place.stored)
                 last += 1
-            yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids)
+            yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids, use)
             first = last
 
     def _run(
@@ -194,7 +204,8 @@ class Objects:
         stop: int,
         wanted: list[tuple[bytes, int, int, Place]],
         ids: Ids,
-    ) -> Iterator[tuple[int, Buffer | DamagedError]]:
+        use: Use[Result],
+    ) -> Iterator[tuple[int, Result | DamagedError]]:
         data: memoryview | None = None
         # A run that cannot be read is read record by record, so that only what is damaged is missing.
         with contextlib.suppress(DamagedError):
@@ -203,14 +214,14 @@ class Objects:
             object_id = ids[number].tobytes()
             try:
                 if data is None:
-                    plain = self._object(kind, object_id, place)
+                    raw = memoryview(self._read(place.pack, place.offset, place.stored))
                 else:
                     raw = data[offset - start : offset - start + place.stored]
-                    plain = self._decoded(kind, object_id, place, raw)
+                found = use(kind, object_id, place, raw)
             except DamagedError as error:
                 yield number, error
             else:
-                yield number, plain
+                yield number, found
 
     def _object(self, kind: RecordKind, object_id: bytes, place: Place) -> Buffer:
         raw = self._read(place.pack, place.offset, place.stored)
@@ -219,7 +230,7 @@ class Objects:
     def _read(self, pack_id: bytes, offset_bytes: int, length_bytes: int) -> bytes:
         """Bytes of a pack; a pack that is gone or a medium that fails is damage, a store that fails is not."""
         try:
-            return self._store.get_range(pack.name(pack_id), offset_bytes, length_bytes)
+            return self._store.get_range(pack.name(pack_id, self.domain), offset_bytes, length_bytes)
         except (NotFoundError, ReadError) as error:
             raise DamagedError(f"{error}; run `snapcore verify` to see what it hits") from error
 
@@ -235,14 +246,30 @@ class Objects:
         return found
 
     def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Buffer:
-        where = f"{pack.name(place.pack)} at {place.offset}"
+        where, head = self._header(kind, object_id, place, raw)
+        return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
+
+    def _as_stored(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Record:
+        where, head = self._header(kind, object_id, place, raw)
+        payload = bytes(raw[record.HEADER_BYTES :])
+        record.check_payload(head, payload, where)
+        if head.codec not in list(Codec):
+            raise DamagedError(f"{where}: a payload has the unknown codec {head.codec}")
+        header = bytes(raw[: record.HEADER_BYTES])
+        return Record(kind, head.form, head.id, header, payload, Codec(head.codec), head.plain_bytes, place.base)
+
+    def _header(
+        self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview
+    ) -> tuple[str, record.RecordHeader]:
+        """Where a record lies, for messages, and its header, when it is the one that the index names."""
+        where = f"{pack.name(place.pack, self.domain)} at {place.offset}"
         head = record.parse_header(raw, where)
         if head.id != object_id or head.kind != kind:
             raise DamagedError(f"{where}: the record of {head.id.hex()} where that of {object_id.hex()} belongs")
         if head.form != place.form:
             # Were a patch taken for a base, patches could rest on patches, and on themselves.
             raise DamagedError(f"{where}: the record of {head.id.hex()} has not the form that the index names")
-        return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
+        return where, head
 
     def checked(self, kind: RecordKind, head: record.RecordHeader, payload: Buffer, where: str) -> Buffer:
         """The object that a record holds, checked against its id.
@@ -254,12 +281,12 @@ class Objects:
         size_bytes = self._sizes[kind]
         unit_bytes = UNIT_BYTES[kind]
         if head.form == Form.FULL:
-            plain = record.payload_plain(head, payload, size_bytes, where)
+            plain = record.payload_plain(head, payload, size_bytes, where, self.domain)
             if len(plain) != size_bytes:
                 raise DamagedError(f"{where}: {len(plain)} bytes where {size_bytes} belong")
         else:
             limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
-            patch = record.payload_plain(head, payload, limit_bytes, where)
+            patch = record.payload_plain(head, payload, limit_bytes, where, self.domain)
             base = self._base(kind, record.patch_base(patch, where))
             plain = record.apply_patch(patch, base, unit_bytes, where)
         if self.identify(kind, plain) != head.id:

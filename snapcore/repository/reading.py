@@ -181,7 +181,7 @@ class Reading:
         contents = [
             storer.content(RecordKind.CHUNK, ids[slot].tobytes(), plains[slot], bases.get(slot)) for slot in slots
         ]
-        return record.make_many(RecordKind.CHUNK, contents, self._compression)
+        return record.make_many(RecordKind.CHUNK, contents, self._compression, self._objects.domain)
 
     def _suspect_mask(self, first: int, count: int) -> Mask:
         mask = np.zeros(count, dtype=np.bool)

@@ -22,6 +22,7 @@ import secrets
 from datetime import UTC, datetime
 from functools import cache
 
+import blake3
 import msgspec
 
 from snapcore.errors import BusyError, DamagedError, ExistsError, FencedError, NotFoundError, ReadError
@@ -75,21 +76,24 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         """For messages: what, who, since when."""
-        return f"{self.work} {self.id} of process {self.process} on {self.host} since {self.since}"
+        host = self.host or (
+            "this host" if self.machine == _told(_machine(), True) != "" else "a host that it does not tell"
+        )
+        return f"{self.work} {self.id} of process {self.process} on {host} since {self.since}"
 
 
-def register(store: Store, work: str, manifest_name: str | None = None) -> Session:
-    """Write a session of this process."""
+def register(store: Store, work: str, manifest_name: str | None = None, *, hidden: bool = False) -> Session:
+    """Write a session of this process; a `hidden` one tells its host to nobody but the host itself."""
     session = Session(
         id=secrets.token_hex(16),
         work=work,
         manifest=manifest_name,
-        host=os.uname().nodename,
-        kernel=_kernel(),
+        host="" if hidden else os.uname().nodename,
+        kernel=_told(_kernel(), hidden),
         process=os.getpid(),
         started=_started(os.getpid()) or 0,
         since=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=_machine(),
+        machine=_told(_machine(), hidden),
     )
     body = msgspec.json.encode(session)
     _own.add(session.id)
@@ -201,14 +205,15 @@ def is_gone(session: Session) -> bool:
 
     Of an earlier boot of this very machine none does. Within this boot it is told only for the own process space.
     """
-    kernel = _kernel()
-    if session.host != os.uname().nodename or not session.kernel or not kernel:
+    hidden = not session.host
+    kernel = _told(_kernel(), hidden)
+    if (session.host != os.uname().nodename and not hidden) or not session.kernel or not kernel:
         return False
     if session.kernel != kernel:
         rebooted = session.kernel.split()[0] != kernel.split()[0]
         # Machines that were cloned share name and id. To end a writer wrongly costs it its commit and no more; a
         # collector has no commit to refuse, so of an earlier boot it is ended by a human only.
-        same_machine = session.machine != "" and session.machine == _machine()
+        same_machine = session.machine != "" and session.machine == _told(_machine(), hidden)
         return rebooted and same_machine and session.work == CREATE
     if session.process == os.getpid():
         return session.id not in _own
@@ -251,6 +256,17 @@ def _machine() -> str:
             return file.read().strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _told(words: str, hidden: bool) -> str:
+    """What a session says of its host; of a hidden one, what only a host that knows the words can compare.
+
+    The first word is a random number of 122 bits or more, so nobody finds the words by trying.
+    """
+    if not hidden:
+        return words
+    told = (f"{words.split()[0]} {word}".encode() for word in words.split())
+    return " ".join(blake3.blake3(word, derive_key_context="snapcore 2026 session").hexdigest(16) for word in told)
 
 
 def _started(process: int) -> int | None:

@@ -63,6 +63,7 @@ class Storer:
         self._index = known
         self._objects = objects
         self._reader = reader
+        self._domain = objects.domain
         self._compression = codec.check_compression(compression)
         self._builders: dict[RecordKind, PackBuilder] = {}
         self._executor = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="snapcore-upload")
@@ -82,8 +83,8 @@ class Storer:
     def _append(self, item: Record) -> None:
         builder = self._builders.get(item.kind)
         if builder is None:
-            builder = self._builders[item.kind] = PackBuilder()
-            self._reader.pending[pack.name(builder.id)] = builder
+            builder = self._builders[item.kind] = PackBuilder(self._domain)
+            self._reader.pending[builder.name] = builder
         offset_bytes = builder.add(item)
         place = Place(
             -1, builder.id, offset_bytes, item.stored_bytes, item.plain_bytes, item.kind, item.form, item.base
@@ -99,7 +100,7 @@ class Storer:
         if self._index.find(node_id) is None:
             base = self._objects.bases(RecordKind.NODE, ids_of(old_id))[0] if any(old_id) else None
             found = content(RecordKind.NODE, node_id, plain, base)
-            self._append(record.make_many(RecordKind.NODE, [found], self._compression)[0])
+            self._append(record.make_many(RecordKind.NODE, [found], self._compression, self._domain)[0])
         return node_id
 
     def add_table(self, contents: Table) -> None:
@@ -134,13 +135,13 @@ class Storer:
         buffers, contents = builder.finish()
         while len(self._uploads) >= _UPLOADS:
             self._uploaded()
-        future = self._executor.submit(self._store.put_new, pack.name(builder.id), buffers)
+        future = self._executor.submit(self._store.put_new, builder.name, buffers)
         self._uploads.append((future, builder, contents))
 
     def _uploaded(self) -> None:
         future, builder, contents = self._uploads.popleft()
         self.stored_bytes += future.result()
-        del self._reader.pending[pack.name(builder.id)]
+        del self._reader.pending[builder.name]
         self._tables.append(contents)
         self._entries += len(contents.entries)
         if self._entries >= _INDEX_ENTRIES:
@@ -150,7 +151,7 @@ class Storer:
         if not self._tables:
             return
         for part in table.split(table.merge(self._tables)):
-            name, size_bytes = index.write(self._store, part)
+            name, size_bytes = index.write(self._store, part, self._domain)
             self.stored_bytes += size_bytes
             self._index.written(name, part, size_bytes)
         self._tables.clear()

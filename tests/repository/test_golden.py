@@ -7,16 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from snapcore import Repository
-from tests.support.golden import CHUNK_BYTES, Generation, generations
+from snapcore import KeyFile, LockedError, Passphrase, Repository
+from tests.support.golden import CHUNK_BYTES, KEY_FILE, PASSPHRASE, Generation, generations
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 
-@pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("format-*")))
+@pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("format-*") if path.is_dir()))
 def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Repository:
     shutil.copytree(GOLDEN / request.param, tmp_path / "repo")
-    return Repository.open(tmp_path / "repo")
+    keys = [Passphrase(PASSPHRASE)] if request.param.endswith("-sealed") else []
+    return Repository.open(tmp_path / "repo", keys=keys)
+
+
+def test_the_golden_key_file_opens_the_sealed_repository_and_nothing_else_does(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / KEY_FILE, tmp_path / "key")
+    (tmp_path / "key").chmod(0o600)
+    found = Repository.open(GOLDEN / "format-1-sealed", keys=[KeyFile(tmp_path / "key")])
+    assert [key.name for key in found.keyring.listed()] == ["golden"] and len(found.snapshots()) == len(generations())
+    locked = Repository.open(GOLDEN / "format-1-sealed")
+    assert len(locked.locked_snapshots()) == len(generations()) and locked.snapshots() == []
+    with pytest.raises(LockedError):
+        locked.unlock(Passphrase(PASSPHRASE + "?"))
 
 
 @pytest.mark.parametrize("wanted", generations(), ids=lambda item: item.label)
