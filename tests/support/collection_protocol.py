@@ -70,7 +70,7 @@ class Scene:
     merges: bool = False
     adopts: bool = False
     parents: bool = True
-    started: bool = False
+    started: str = ""
     broken: str = ""
 
 
@@ -416,9 +416,9 @@ def begin(scene: Scene) -> State:
     start = Generation(0, NOTHING, NOTHING, NOTHING, NOTHING)
     manifests = frozenset({("m", A)})
     if scene.started:
-        # A is garbage that was condemned already.
+        # A was condemned while nothing reached it. "garbage": so it is still. "revived": a late commit reaches it.
         start = Generation(1, frozenset({"P"}), NOTHING, frozenset({"i"}), NOTHING)
-        manifests = NOTHING
+        manifests = frozenset({("r", A)}) if scene.started == "revived" else NOTHING
     index = frozenset({Named("i", 0, frozenset({"P"}))})
     return State((start,), NOTHING, manifests, NOTHING, NOTHING, index, frozenset({"P"}), tuple(processes))
 
