@@ -116,7 +116,7 @@ class Objects:
         with self._renewal:
             if self.index is seen:
                 fresh = self._renew()
-                if fresh.names == seen.names:
+                if (fresh.names, fresh.away) == (seen.names, seen.away):
                     return False
                 self.index = fresh
         return True

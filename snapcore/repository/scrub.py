@@ -66,7 +66,7 @@ def scrub(
 def _is_locked(name: str, unlocked: frozenset[bytes]) -> bool:
     """Whether a pack or an index object is in the folder of a domain that is none of these."""
     parts = name.split("/")
-    if len(parts) != 3 or len(parts[1]) != 32 or len(parts[2]) != 32:
+    if len(parts) != 3 or len(parts[1]) != 32 or len(parts[2].rpartition("-")[2]) != 32:
         return False
     try:
         return bytes.fromhex(parts[1]) not in unlocked
@@ -91,7 +91,7 @@ def _check_index(store: Store, name: str) -> tuple[Scrubbed, list[Bad]]:
     try:
         data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
         found.stored_bytes = len(data)
-        kind, _, _ = envelope.check_stored(data, name, bytes.fromhex(object_id))
+        kind, _, _ = envelope.check_stored(data, name, bytes.fromhex(object_id.rpartition("-")[2]))
         envelope.expect(kind, Kind.INDEX, name)
         _expect_domain(data, domain, name)
     except NotFoundError:

@@ -114,7 +114,9 @@ def writer(scene: Scene, state: State, me: int) -> Iterator[tuple[str, State]]:
     kind, name, tried, step, seen, needs, stored = state.processes[me]
     session = f"{name}{tried}"
 
-    def to(step: str, seen: Any = seen, needs: Any = needs, stored: Any = stored, tried: int = tried, **new: Any) -> State:
+    def to(
+        step: str, seen: Any = seen, needs: Any = needs, stored: Any = stored, tried: int = tried, **new: Any
+    ) -> State:
         processes = list(state.processes)
         processes[me] = (kind, name, tried, step, seen, needs, stored)
         return state._replace(processes=tuple(processes), **new)
@@ -170,7 +172,10 @@ def writer(scene: Scene, state: State, me: int) -> Iterator[tuple[str, State]]:
         yield "merge: put", to("unmerge", stored=frozenset(item.name for item in old), index=state.index | {merged})
         yield "merge: none needed", to("end")
     elif step == "unmerge":
-        yield "merge: delete", to("end", stored=NOTHING, index=frozenset(x for x in state.index if x.name not in stored))
+        yield (
+            "merge: delete",
+            to("end", stored=NOTHING, index=frozenset(x for x in state.index if x.name not in stored)),
+        )
     elif step == "end":
         yield "end", to("done", None, NOTHING, NOTHING, sessions=state.sessions - {own})
     if scene.crashes and step not in ("see", "done", "gave up", "dead"):
@@ -231,7 +236,10 @@ def collector(scene: Scene, state: State, me: int) -> Iterator[tuple[str, State]
         listed = head.known if scene.broken == "deleted ones listed once" else state.deleted
         pinned = reach(frozenset(item for item in listed if item[0] not in seen.ignored))
         pinned = NOTHING if scene.broken == "deleted ones forgotten" else pinned
-        yield "read deleted", to("packs" if scene.broken == "packs before index" else "index", head._replace(pinned=pinned))
+        yield (
+            "read deleted",
+            to("packs" if scene.broken == "packs before index" else "index", head._replace(pinned=pinned)),
+        )
     elif step == "index":
         after = "mark" if scene.broken == "packs before index" else "packs"
         yield "read index", to(after, head._replace(index=state.index))
