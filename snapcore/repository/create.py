@@ -274,7 +274,7 @@ class _Job:
 
     def _damaged_in_parent(self, known: Index, marked: set[bytes]) -> Extents:
         """Where chunks of the parent are damaged, or nodes above them."""
-        missing = {bad for bad in marked if known.find(bad) is None}
+        missing = {bad for bad in marked if known.find(bad) is None and known.find_condemned(bad) is None}
         if self._parent is None or not missing:
             return extents.empty()
         ranges: list[tuple[int, int]] = []

@@ -88,9 +88,9 @@ class _Unreadable:
 
     __slots__ = ("away", "marked")
 
-    def __init__(self, marked: BadPlaces) -> None:
+    def __init__(self, marked: BadPlaces, away: frozenset[bytes] = frozenset()) -> None:
         self.marked = marked
-        self.away: frozenset[bytes] = frozenset()
+        self.away = away
 
     def __contains__(self, place: tuple[bytes, int]) -> bool:
         return place[0] in self.away or place in self.marked
@@ -281,6 +281,7 @@ class Index:
         self._pages = _Pages()
         self._new: dict[bytes, Place] = {}
         self._bad = _Unreadable(bad)
+        self._doomed: _Unreadable | None = None
         self._again: Callable[[], Index] | None = None
         self._taken_up: list[Table] = []
         self._renewal = threading.Lock()
@@ -329,6 +330,7 @@ class Index:
                 index._bad.away = frozenset(index.packs().difference(there()))
             elif seen is not None:
                 index._bad.away = seen.away
+                index._doomed = _Unreadable(bad, seen.doomed)
             return index
         raise StoreError(f"the index of {store.url} is replaced all the time; try again later")
 
@@ -410,6 +412,21 @@ class Index:
         """Where a record lies in full, as the base of a patch must; None when it does nowhere."""
         return self._renewing(lambda: next((place for place in self._places(record_id) if place.base is None), None))
 
+    def find_condemned(self, record_id: bytes, *, full: bool = False) -> Place | None:
+        """Where a writer may read what it may not rely on: in a pack that is condemned, and that its parent may need.
+
+        All that a parent reaches stays until the writer has ended; but what rests on it must not be stored.
+        """
+        bad = self._doomed
+        if bad is None:
+            return None
+
+        def look() -> Place | None:
+            places = (place for part in self._parts for place in part.places(record_id, bad))
+            return next((place for place in places if not full or place.base is None), None)
+
+        return self._renewing(look)
+
     def _places(self, record_id: bytes) -> Iterator[Place]:
         place = self._new.get(record_id)
         if place is not None:
@@ -468,7 +485,7 @@ class Index:
         for contents in self._taken_up:
             fresh._add_part(_Resident(contents, fresh.slots))
         self.slots, self.names, self._resident, self._pages = fresh.slots, fresh.names, fresh._resident, fresh._pages
-        self._bad = fresh._bad
+        self._bad, self._doomed = fresh._bad, fresh._doomed
         self._parts = fresh._parts
 
     def packs(self) -> set[bytes]:

@@ -212,11 +212,16 @@ def _attempt(context: Context, progress: ProgressCallback | None, hands: Executo
     """Read and check everything once. Returns also what is to be marked."""
     problems: list[Problem] = []
     snapshots = _snapshots(context, problems)
+
+    def there() -> set[bytes]:
+        return set(pack.sizes(context.store, context.domain))
+
     # Marks of an earlier verify are left out here: a record that reads well again counts as good again.
     known = Index.load(
         context.store,
         damaged=lambda name, error: problems.append(Problem(name, str(error))),
         domain=context.domain,
+        there=there,
     )
     objects = Objects(context.store, known, context.domain, context.config.chunk_bytes)
     tasks = _tasks(context, known)
@@ -229,7 +234,9 @@ def _attempt(context: Context, progress: ProgressCallback | None, hands: Executo
     bad = [row for report in reports for row in report.bad]
     sound = None
     if bad:
-        rest = Index.load(context.store, damage.places(bad), damaged=lambda *_: None, domain=context.domain)
+        rest = Index.load(
+            context.store, damage.places(bad), damaged=lambda *_: None, domain=context.domain, there=there
+        )
         objects = Objects(context.store, rest, context.domain, context.config.chunk_bytes)
     elif not any(report.lost for report in reports):
         sound = _Sound(known)
