@@ -22,7 +22,7 @@ import numpy.typing as npt
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import codec, damage, generations, index, manifest, pack, record, session, table
+from snapcore.repository import codec, damage, generations, index, manifest, pack, record, session, summaries, table
 from snapcore.repository.context import Context
 from snapcore.repository.domain import Domain
 from snapcore.repository.generations import Generation
@@ -162,6 +162,7 @@ def _tidy(context: Context, own: Session, done: _Done) -> None:
     others = [item for item in session.sessions(store) if item.id != own.id]
     if not session.end_dead(store, others):
         done.freed_bytes += store.sweep()
+    summaries.refresh_if_possible(store)
 
 
 @dataclass(slots=True)

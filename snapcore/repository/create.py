@@ -34,7 +34,7 @@ from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.persist import Buffer
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import damage, generations, index, manifest, pack, session, tree
+from snapcore.repository import damage, generations, index, manifest, pack, session, summaries, tree
 from snapcore.repository.context import Context
 from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.generations import Generation
@@ -51,6 +51,8 @@ from snapcore.version import VERSION
 
 _CHECKED_SHARE = 0.001
 _CHECKED_AT_LEAST = 16
+# A chain that nobody collects is summarised by its writers, now and then.
+_SUMMARISE_EVERY = 64
 # Of a writer that is taken for dead, of a parent that is deleted.
 _TRIES = 3
 _REGISTRATIONS = 10
@@ -140,6 +142,8 @@ def _attempt(
     with contextlib.suppress(Error):
         session.check(context.store, place.own)
         index.merge_small(context.store, context.domain, place.seen)
+    if snapshot.sequence % _SUMMARISE_EVERY == 0:
+        summaries.refresh_if_possible(context.store)
     with contextlib.suppress(Error):
         session.end_dead(context.store, gone)
     with contextlib.suppress(Error):

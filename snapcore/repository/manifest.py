@@ -121,13 +121,18 @@ def is_name(object_name: str) -> bool:
 
 def names(store: Store, domain: Domain | None = None, disk: str | None = None) -> Iterator[str]:
     """Names of all manifests (and tombstones), or of those of one disk in the order of its chain."""
+    return (found for found, _ in listed(store, domain, disk))
+
+
+def listed(store: Store, domain: Domain | None = None, disk: str | None = None) -> Iterator[tuple[str, int]]:
+    """(name, size in bytes) of the same."""
     prefix = PREFIX
     if domain is not None and disk is not None:
         prefix = f"{PREFIX}{domain.disk_tag(disk)}/"
-    for found, _ in store.list(prefix):
+    for found, size_bytes in store.list(prefix):
         if not _NAME.fullmatch(found):
             raise DamagedError(f"{store.url}/{found} is no name of a snapshot; remove what does not belong there")
-        yield found
+        yield found, size_bytes
 
 
 def id_in(object_name: str) -> str:

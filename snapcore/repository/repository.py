@@ -38,6 +38,7 @@ from snapcore.repository import (
     rebuild,
     restore,
     session,
+    summaries,
     tree,
     verify,
 )
@@ -278,14 +279,15 @@ class Repository:
         Those under keys that are not unlocked are in `locked_snapshots`.
         """
         if disk is None:
-            names = list(manifest.names(self._context.store))
+            listed = list(manifest.listed(self._context.store))
         else:
             domains = self.keyring.domains.values()
-            names = [name for domain in domains for name in manifest.names(self._context.store, domain, disk)]
+            listed = [item for domain in domains for item in manifest.listed(self._context.store, domain, disk)]
+        held = self._summaries(len(listed))
         found = []
-        for name in names:
+        for item in listed:
             with contextlib.suppress(LockedError):
-                found.append(self._manifest(name))
+                found.append(self._manifest(item[0], held.get(item)))
         return sorted(
             (item for item in found if item is not None),
             key=lambda item: (item.disk, item.sequence, item.created, item.id),
@@ -294,14 +296,24 @@ class Repository:
     def locked_snapshots(self) -> list[LockedSnapshot]:
         """Snapshots under keys that are not unlocked."""
         found = []
-        for name in manifest.names(self._context.store):
+        listed = list(manifest.listed(self._context.store))
+        held = self._summaries(len(listed))
+        for item in listed:
             try:
-                self._manifest(name)
+                self._manifest(item[0], held.get(item))
             except LockedError as error:
-                found.append(LockedSnapshot(manifest.id_in(name), str(error.key)))
+                found.append(LockedSnapshot(manifest.id_in(item[0]), str(error.key)))
         return found
 
-    def _manifest(self, name: str) -> Manifest | None:
+    def _summaries(self, count: int) -> dict[tuple[str, int], bytes]:
+        """Bytes of manifests, where so many are to be read that it pays."""
+        return summaries.load(self._context.store) if count > summaries.LOOSE else {}
+
+    def _manifest(self, name: str, data: bytes | None = None) -> Manifest | None:
+        if data is not None:
+            where = f"{self.url}/{name}"
+            with contextlib.suppress(DamagedError):
+                return manifest.parse(data, where, name, self.keyring.domains, self.chunk_bytes)
         try:
             return manifest.read(self._context.store, name, self.keyring.domains, self.chunk_bytes)
         except DamagedError as error:

@@ -1,4 +1,4 @@
-"""The protocol of writers and collectors as an executable model, explored exhaustively (docs/DESIGN.md, "Collection").
+"""The protocol of writers and collectors as a model that is explored exhaustively (docs/DESIGN.md, "Collection").
 
 Every interleaving of writers, collectors, a deleter, and a human who ends sessions; each may stop for good before any
 step, and any may be so slow that others take it for dead. A step is one call to the store, which is atomic. The steps
