@@ -54,6 +54,7 @@ from snapcore.repository.marks import Usage
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
+from snapcore.repository.share import Share, Whole
 from snapcore.repository.verify import Verified
 from snapcore.source import Source, open_source, open_target
 from snapcore.store import Store, open_store, with_cache
@@ -522,14 +523,35 @@ class Repository:
     def _snapshots_of(self, domain: Domain) -> list[Manifest]:
         return [snapshot for snapshot in self.snapshots() if snapshot.key == domain.key_id]
 
-    def verify(self, *, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
+    def verify(
+        self,
+        *,
+        share: Share | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+        in_flight: int | None = None,
+    ) -> Verified:
         """Read and check everything. What is damaged is marked, so that the next snapshot stores it again.
 
         Of what is under keys that are not unlocked, only that it is as it was stored is checked.
 
-        BusyError when collections keep moving what is being read.
+        Parameters
+        ----------
+        share : Part or Sample, optional
+            Read only these packs; that every snapshot has all its chunks is checked in any case.
+        progress : callable, optional
+        executor : concurrent.futures.Executor, optional
+            Threads, processes, or workers on other hosts (`dask.distributed.Client.get_executor()`), which open the
+            repository where this one says that it is. The keys that are unlocked go to them with the work.
+        in_flight : int, optional
+            Packs that are checked at once; default: two more than this host has processors.
+
+        Raises
+        ------
+        BusyError
+            Collections keep moving what is being read.
         """
-        return verify.verify(self._all(), progress, executor)
+        return verify.verify(self._all(), share or Whole(), progress, executor, in_flight)
 
     def rebuild_index(self, *, progress: ProgressCallback | None = None) -> int:
         """Make the index anew from the packs. Returns the number of entries."""

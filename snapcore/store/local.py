@@ -50,6 +50,10 @@ class LocalStore:
         self._lock = threading.Lock()
         self._durable_folders: set[str] = set()
 
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
+        """For another process: the same folder, opened there."""
+        return LocalStore, (self.folder,)
+
     @property
     def url(self) -> str:
         return self.folder
