@@ -98,8 +98,9 @@ def _share(part: str | None, sample: str | None) -> Share | None:
 def _workers(scheduler: str) -> Iterator[tuple[Executor, int]]:
     """The workers of a cluster as an executor, and how many pieces of work keep them busy."""
     try:
-        from dask.distributed import Client
+        from distributed import Client
     except ModuleNotFoundError as error:
         raise UsageError("--dask needs the library dask: pip install 'snapcore[dask]'") from error
-    with Client(scheduler) as client, client.get_executor(pure=False) as executor:
+    client = Client(scheduler)  # type: ignore[no-untyped-call]
+    with client, client.get_executor(pure=False) as executor:
         yield executor, 2 * max(1, sum(client.nthreads().values()))

@@ -1,4 +1,4 @@
-"""The protocol of writers and collectors, explored exhaustively: it is safe as it is, and no rule of it can be left out.
+"""The protocol of writers and collectors, explored: it is safe as it is, and no rule of it can be left out.
 
 The full exploration is a campaign: every scene below without a limit, with crashes, and some larger ones.
 """
