@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -101,6 +101,7 @@ def _workers(scheduler: str) -> Iterator[tuple[Executor, int]]:
         from distributed import Client
     except ModuleNotFoundError as error:
         raise UsageError("--dask needs the library dask: pip install 'snapcore[dask]'") from error
-    client = Client(scheduler)  # type: ignore[no-untyped-call]
+    connect: Any = Client
+    client = connect(scheduler)
     with client, client.get_executor(pure=False) as executor:
         yield executor, 2 * max(1, sum(client.nthreads().values()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapcore import Repository, UsageError
-from snapcore.repository import damage, pack
+from snapcore.repository import collect, damage, pack
 from snapcore.repository.share import Part, Sample
 from snapcore.store import MemoryStore
 from tests.support.disks import changed, disk
@@ -24,6 +24,8 @@ PARTS = 5
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """Some packs, with patches in them."""
     monkeypatch.setattr(pack, "PACK_BYTES", 16 << 10)
+    monkeypatch.setattr(collect, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(collect, "_CHEAP_BYTES", 0)
     made = Repository.create(tmp_path / "repository", chunk_bytes=16 << 10)
     content = disk(1, 60)
     for number in range(4):

@@ -4,8 +4,8 @@
 `worker.py REPOSITORY IMAGE stall SEED`: takes a snapshot and stops in the middle for good.
 `worker.py REPOSITORY IMAGE write|delete|collect SEED`: does only that; a writer has a disk of the image's name.
 
-Lines: `ready`, `collected PACKS`, `taking HASH`, `taken ID HASH`, `deleting ID`, `deleted ID`, `restored ID`, `half`; a hash is that
-of the disk. What a line says was true before it was written.
+Lines: `ready`, `collected PACKS`, `taking HASH`, `taken ID HASH`, `deleting ID`, `deleted ID`, `restored ID`, `half`; a
+hash is that of the disk. What a line says was true before it was written.
 """
 
 from __future__ import annotations
