@@ -68,7 +68,7 @@ def test_a_golden_collection_goes_on(tmp_path: Path) -> None:
     repository = Repository.open(tmp_path / "repo")
     store = LocalStore(str(tmp_path / "repo"))
     assert generations_.latest(store, PLAIN).condemned
-    assert len(summaries.load(store)) > len(generations())
+    assert len(summaries.load(store)) >= len(generations())
     (waiting,) = repository.collect(patience_s=float("inf")).waiting_for
     assert (waiting.host, waiting.generation) == ("elsewhere", 2)
     done = repository.collect(patience_s=0.0)
