@@ -69,12 +69,27 @@ def info(place: str, keys: Unlocking, as_json: bool) -> None:
 @repo.command()
 @directory
 @key_options
+@click.option(
+    "--wait", "wait_s", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="How long to wait for writers."
+)
+@click.option(
+    "--patience",
+    "patience_s",
+    type=click.FloatRange(0),
+    default=604800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Writers that began longer ago are taken for dead; one that lives takes its snapshot again.",
+)
 @output.json_option
-def collect(place: str, keys: Unlocking, as_json: bool) -> None:
-    """Free the space of what no snapshot needs any more; what is under keys that are not unlocked stays."""
+def collect(place: str, keys: Unlocking, wait_s: float, patience_s: float, as_json: bool) -> None:
+    """Free the space of what no snapshot needs any more; what is under keys that are not unlocked stays.
+
+    Others go on working. What a writer that is at work now may rely on goes with the next collection after its end.
+    """
     found = keys.open(place)
     with output.bar() as progress:
-        done = found.collect(progress=progress)
+        done = found.collect(wait_s=wait_s, patience_s=patience_s, progress=progress)
     if as_json:
         output.print_json(
             {
@@ -82,6 +97,9 @@ def collect(place: str, keys: Unlocking, as_json: bool) -> None:
                 "removed_packs": done.removed_packs,
                 "rewritten_packs": done.rewritten_packs,
                 "live_bytes": done.live_bytes,
+                "condemned_packs": done.condemned_packs,
+                "condemned_bytes": done.condemned_bytes,
+                "waiting_for": [item.id for item in done.waiting_for],
             }
         )
     else:
@@ -89,6 +107,10 @@ def collect(place: str, keys: Unlocking, as_json: bool) -> None:
             f"freed {output.size(done.freed_bytes)}: {done.removed_packs} packs removed, "
             f"{done.rewritten_packs} of them after moving what is needed; {output.size(done.live_bytes)} are left"
         )
+        for item in done.waiting_for:
+            click.echo(
+                f"{output.size(done.condemned_bytes)} may go when this has ended: {output.text(item.describe())}"
+            )
 
 
 @repo.command("rebuild-index")
@@ -112,7 +134,7 @@ def rebuild_index(place: str, keys: Unlocking, as_json: bool) -> None:
     "--end",
     "ended",
     metavar="ID",
-    help="End this session. A writer that lives is refused at its commit; a collector must be known to be dead.",
+    help="End this session. A writer that lives is refused at its commit, and takes its snapshot again.",
 )
 @output.json_option
 def sessions(place: str, ended: str | None, as_json: bool) -> None:

@@ -45,6 +45,10 @@ class Sealing:
         self._object_key = object_key
         self._record_cipher = lru_cache(_CIPHERS_KEPT)(lambda salt: _cipher(self._record_key, salt))
 
+    def __reduce__(self) -> tuple[type[Sealing], tuple[bytes, bytes]]:
+        """For another process that whoever has the keys hands work to. Nothing else makes bytes of them."""
+        return Sealing, (self._record_key, self._object_key)
+
     def record_sealer(self) -> RecordSealer:
         """What seals the records of one batch."""
         salt = secrets.token_bytes(SALT_BYTES)

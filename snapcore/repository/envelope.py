@@ -42,6 +42,8 @@ class Kind(IntEnum):
     PACK = 6
     DAMAGE = 7
     KEY = 8
+    GENERATION = 9
+    SUMMARY = 10
 
 
 def header(kind: Kind, object_id: bytes, body_bytes: int, domain: Domain = PLAIN) -> bytes:

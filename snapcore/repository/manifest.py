@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from snapcore.errors import DamagedError, LockedError, NotFoundError, UsageError
+from snapcore.errors import DamagedError, ExistsError, LockedError, NotFoundError, UsageError
 from snapcore.repository import envelope, tree
 from snapcore.repository.domain import PLAIN, Domain, Domains
 from snapcore.repository.envelope import Kind
@@ -16,6 +17,7 @@ from snapcore.repository.tree import Root
 from snapcore.store.interface import Store
 
 PREFIX = "snapshots/"
+DELETED = "deleted/"
 DISK_NAME_LIMIT = 255
 SIZE_LIMIT_BYTES = 1 << 60
 SEQUENCE_LIMIT = 0xFFFFFFFF
@@ -119,13 +121,18 @@ def is_name(object_name: str) -> bool:
 
 def names(store: Store, domain: Domain | None = None, disk: str | None = None) -> Iterator[str]:
     """Names of all manifests (and tombstones), or of those of one disk in the order of its chain."""
+    return (found for found, _ in listed(store, domain, disk))
+
+
+def listed(store: Store, domain: Domain | None = None, disk: str | None = None) -> Iterator[tuple[str, int]]:
+    """(name, size in bytes) of the same."""
     prefix = PREFIX
     if domain is not None and disk is not None:
         prefix = f"{PREFIX}{domain.disk_tag(disk)}/"
-    for found, _ in store.list(prefix):
+    for found, size_bytes in store.list(prefix):
         if not _NAME.fullmatch(found):
             raise DamagedError(f"{store.url}/{found} is no name of a snapshot; remove what does not belong there")
-        yield found
+        yield found, size_bytes
 
 
 def id_in(object_name: str) -> str:
@@ -156,11 +163,15 @@ def read(store: Store, object_name: str, domains: Domains, chunk_bytes: int) -> 
 
     LockedError for one that is well, as far as can be seen, and of none of these domains.
     """
-    where = f"{store.url}/{object_name}"
     try:
         data = store.get(object_name, envelope.OBJECT_LIMIT_BYTES)
     except NotFoundError:
         return None
+    return parse(data, f"{store.url}/{object_name}", object_name, domains, chunk_bytes)
+
+
+def parse(data: bytes, where: str, object_name: str, domains: Domains, chunk_bytes: int) -> Manifest | None:
+    """A manifest that stands, or stood, under a name, from its bytes; see `read`."""
     object_id = bytes.fromhex(id_in(object_name))
     found = envelope.domain_of(data)
     # Tombstones stand in the clear: whoever ends a session need not have its key.
@@ -187,3 +198,39 @@ def read(store: Store, object_name: str, domains: Domains, chunk_bytes: int) -> 
     if not whole:
         raise DamagedError(f"{where} has members that contradict each other or its name")
     return manifest
+
+
+def delete(store: Store, object_name: str, domain: Domain) -> None:
+    """Remove a manifest, and leave its bytes under `deleted/` until the collections that may still need them are over.
+
+    A writer may have begun from this snapshot: all below its root stays until that writer has ended.
+    """
+    data = store.get(object_name, envelope.OBJECT_LIMIT_BYTES)
+    with contextlib.suppress(ExistsError):
+        # There from a deletion that died before the removal.
+        store.put_new(f"{DELETED}{domain.folder}{object_name.removeprefix(PREFIX)}", [data])
+    store.delete(object_name)
+
+
+def deleted(store: Store, domain: Domain) -> list[str]:
+    """What follows `deleted/`, and the domain, in the names of the deleted manifests of a domain."""
+    prefix = DELETED + domain.folder
+    found = (name.removeprefix(prefix) for name, _ in store.list(prefix))
+    return [tail for tail in found if is_name(PREFIX + tail)]
+
+
+def read_deleted(store: Store, tail: str, domain: Domain, chunk_bytes: int) -> Manifest | None:
+    """A deleted manifest; None for one that is needed no more."""
+    name = f"{DELETED}{domain.folder}{tail}"
+    try:
+        data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
+    except NotFoundError:
+        return None
+    return parse(data, f"{store.url}/{name}", PREFIX + tail, {domain.id: domain}, chunk_bytes)
+
+
+def forget_deleted(store: Store, tails: Iterable[str], domain: Domain) -> None:
+    """Remove deleted manifests."""
+    for tail in tails:
+        with contextlib.suppress(NotFoundError):
+            store.delete(f"{DELETED}{domain.folder}{tail}")

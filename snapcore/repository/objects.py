@@ -77,7 +77,7 @@ class Objects:
 
     def place(self, kind: RecordKind, object_id: bytes) -> Place:
         """Where an object lies; MissingObjectError when nowhere."""
-        place = self.index.find(object_id)
+        place = self.index.find(object_id) or self.index.find_condemned(object_id)
         if place is None or place.kind != kind:
             raise missing(kind, object_id)
         return place
@@ -116,7 +116,7 @@ class Objects:
         with self._renewal:
             if self.index is seen:
                 fresh = self._renew()
-                if fresh.names == seen.names:
+                if (fresh.names, fresh.away) == (seen.names, seen.away):
                     return False
                 self.index = fresh
         return True
@@ -238,7 +238,7 @@ class Objects:
         found = self._bases.get(base_id)
         if found is None:
             # It may lie somewhere as a patch too: of two writers at once, one may have had something to compare with.
-            place = self.index.find_full(base_id)
+            place = self.index.find_full(base_id) or self.index.find_condemned(base_id, full=True)
             if place is None or place.kind != kind:
                 raise missing(kind, base_id)
             found = self._object(kind, base_id, place)

@@ -38,10 +38,11 @@ from snapcore.repository import (
     rebuild,
     restore,
     session,
+    summaries,
     tree,
     verify,
 )
-from snapcore.repository.collect import Collected
+from snapcore.repository.collect import Collected, Patience
 from snapcore.repository.config import CHUNK_BYTES, Config
 from snapcore.repository.context import Context
 from snapcore.repository.create import Created, Request
@@ -53,6 +54,7 @@ from snapcore.repository.marks import Usage
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
+from snapcore.repository.share import Share, Whole
 from snapcore.repository.verify import Verified
 from snapcore.source import Source, open_source, open_target
 from snapcore.store import Store, open_store, with_cache
@@ -82,8 +84,7 @@ class Repository:
     What is sealed under a key is seen once the key is unlocked: `open` with its holder, or `unlock`. `keyring` makes
     keys and changes who holds them.
 
-    Every method may be called from many threads and processes at once; `collect` refuses while a snapshot is being
-    taken, and says by whom.
+    Every method may be called from many threads, processes and hosts at once, `collect` among them.
     """
 
     def __init__(self, store: Store, found: Config) -> None:
@@ -279,14 +280,15 @@ class Repository:
         Those under keys that are not unlocked are in `locked_snapshots`.
         """
         if disk is None:
-            names = list(manifest.names(self._context.store))
+            listed = list(manifest.listed(self._context.store))
         else:
             domains = self.keyring.domains.values()
-            names = [name for domain in domains for name in manifest.names(self._context.store, domain, disk)]
+            listed = [item for domain in domains for item in manifest.listed(self._context.store, domain, disk)]
+        held = self._summaries(len(listed))
         found = []
-        for name in names:
+        for item in listed:
             with contextlib.suppress(LockedError):
-                found.append(self._manifest(name))
+                found.append(self._manifest(item[0], held.get(item)))
         return sorted(
             (item for item in found if item is not None),
             key=lambda item: (item.disk, item.sequence, item.created, item.id),
@@ -295,14 +297,24 @@ class Repository:
     def locked_snapshots(self) -> list[LockedSnapshot]:
         """Snapshots under keys that are not unlocked."""
         found = []
-        for name in manifest.names(self._context.store):
+        listed = list(manifest.listed(self._context.store))
+        held = self._summaries(len(listed))
+        for item in listed:
             try:
-                self._manifest(name)
+                self._manifest(item[0], held.get(item))
             except LockedError as error:
-                found.append(LockedSnapshot(manifest.id_in(name), str(error.key)))
+                found.append(LockedSnapshot(manifest.id_in(item[0]), str(error.key)))
         return found
 
-    def _manifest(self, name: str) -> Manifest | None:
+    def _summaries(self, count: int) -> dict[tuple[str, int], bytes]:
+        """Bytes of manifests, where so many are to be read that it pays."""
+        return summaries.load(self._context.store) if count > summaries.LOOSE else {}
+
+    def _manifest(self, name: str, data: bytes | None = None) -> Manifest | None:
+        if data is not None:
+            where = f"{self.url}/{name}"
+            with contextlib.suppress(DamagedError):
+                return manifest.parse(data, where, name, self.keyring.domains, self.chunk_bytes)
         try:
             return manifest.read(self._context.store, name, self.keyring.domains, self.chunk_bytes)
         except DamagedError as error:
@@ -442,34 +454,60 @@ class Repository:
         if not _ID_PART.fullmatch(wanted) or len(names) != 1:
             found = self.find(snapshot)
             names = [manifest.name(self._of_snapshot(found).domain, found.disk, found.sequence, found.id)]
-        self._refuse_tombstone(names[0])
-        self._context.store.delete(names[0])
+        domain = self._deletable(names[0])
+        if domain is None:
+            self._context.store.delete(names[0])
+        else:
+            manifest.delete(self._context.store, names[0], domain)
         return manifest.id_in(names[0])
 
-    def _refuse_tombstone(self, name: str) -> None:
-        """NotFoundError for a name that fences a writer: without the tombstone it could commit after all."""
+    def _deletable(self, name: str) -> Domain | None:
+        """The domain of a snapshot that is to be deleted; None for one that cannot be read, from which nobody begins.
+
+        NotFoundError for a name that fences a writer: without the tombstone it could commit after all.
+        """
         with contextlib.suppress(DamagedError, UnsupportedFormatError, ReadError):
             try:
                 found = self._manifest(name)
             except LockedError as error:
                 raise self.keyring.locked(error) from error
-            if found is not None:
-                self._of_snapshot(found)
-            else:
+            if found is None:
                 raise NotFoundError(f"{self.url} has no snapshot {manifest.id_in(name)}; it was never committed")
+            return self._of_snapshot(found).domain
+        return None
 
-    def collect(self, *, progress: ProgressCallback | None = None) -> Collected:
+    def collect(
+        self,
+        *,
+        wait_s: float = 0.0,
+        patience_s: float = collect.WEEK_S,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Collected:
         """Free what no snapshot reaches; what is under keys that are not unlocked is left alone.
+
+        Others go on working meanwhile. What a writer may rely on that is at work now is only condemned; the next
+        collection after its end removes it.
+
+        Parameters
+        ----------
+        wait_s : float
+            How long to wait for such writers.
+        patience_s : float
+            Of those that began longer ago nobody waits for the end; they have to take their snapshots again.
+        progress, executor
+            As in `snapshot`.
 
         Raises
         ------
-        BusyError
-            A snapshot is being taken, or another collection runs; the message names it.
         DamagedError
             Something reachable is missing: nothing was removed. Run `verify`, and delete or heal what it names.
         """
+        patience = Patience(wait_s, patience_s)
         parts = [
-            collect.collect(context, functools.partial(self._snapshots_of, context.domain), progress)
+            collect.collect(
+                context, functools.partial(self._snapshots_of, context.domain), patience, progress, executor
+            )
             for context in self._all()
         ]
         return Collected(
@@ -477,22 +515,46 @@ class Repository:
             sum(part.removed_packs for part in parts),
             sum(part.rewritten_packs for part in parts),
             sum(part.live_bytes for part in parts),
+            sum(part.condemned_packs for part in parts),
+            sum(part.condemned_bytes for part in parts),
+            tuple(found for part in parts for found in part.waiting_for),
         )
 
     def _snapshots_of(self, domain: Domain) -> list[Manifest]:
         return [snapshot for snapshot in self.snapshots() if snapshot.key == domain.key_id]
 
-    def verify(self, *, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
+    def verify(
+        self,
+        *,
+        share: Share | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+        in_flight: int | None = None,
+    ) -> Verified:
         """Read and check everything. What is damaged is marked, so that the next snapshot stores it again.
 
         Of what is under keys that are not unlocked, only that it is as it was stored is checked.
 
-        BusyError when collections keep moving what is being read.
+        Parameters
+        ----------
+        share : Part or Sample, optional
+            Read only these packs; that every snapshot has all its chunks is checked in any case.
+        progress : callable, optional
+        executor : concurrent.futures.Executor, optional
+            Threads, processes, or workers on other hosts (`dask.distributed.Client.get_executor()`), which open the
+            repository where this one says that it is. The keys that are unlocked go to them with the work.
+        in_flight : int, optional
+            Packs that are checked at once; default: two more than this host has processors.
+
+        Raises
+        ------
+        BusyError
+            Collections keep moving what is being read.
         """
-        return verify.verify(self._all(), progress, executor)
+        return verify.verify(self._all(), share or Whole(), progress, executor, in_flight)
 
     def rebuild_index(self, *, progress: ProgressCallback | None = None) -> int:
-        """Make the index anew from the packs. Returns the number of entries; refuses like `collect`."""
+        """Make the index anew from the packs. Returns the number of entries."""
         return sum(rebuild.rebuild_index(context, progress) for context in self._all())
 
     def sessions(self) -> list[Session]:
@@ -502,8 +564,8 @@ class Repository:
     def end_session(self, session_id: str) -> str:
         """End a session, by its id or the beginning of it. Returns the id.
 
-        A writer that lives after all is refused at its commit. A collector must be known to be dead, and so must
-        whoever left a session that is damaged.
+        A writer that lives after all is refused at its commit, and begins anew. Whoever left a session that is damaged
+        must be known to be dead.
         """
         found = [item for item in session.ids(self._context.store) if item.startswith(session_id)]
         if len(found) != 1:

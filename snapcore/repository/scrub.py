@@ -19,6 +19,7 @@ from snapcore.repository.damage import Bad
 from snapcore.repository.domain import PLAIN
 from snapcore.repository.envelope import Kind
 from snapcore.repository.record import RecordKind
+from snapcore.repository.share import Share
 from snapcore.store import Store
 
 _PROBLEMS_LIMIT = 1000
@@ -36,9 +37,14 @@ class Scrubbed:
 
 
 def scrub(
-    store: Store, unlocked: frozenset[bytes], progress: ProgressCallback | None, hands: Executor
+    store: Store,
+    unlocked: frozenset[bytes],
+    share: Share,
+    progress: ProgressCallback | None,
+    hands: Executor,
+    in_flight: int | None,
 ) -> tuple[Scrubbed, list[Bad]]:
-    """Check all packs, index objects and manifests of other domains than these. Returns also what is to be marked."""
+    """Check packs, index objects and manifests of other domains than these. Returns also what is to be marked."""
     total = Scrubbed()
     held = {parsed.domain for name, _ in store.list(wrap.PREFIX) if (parsed := wrap.parse_name(name)) is not None}
     for name, _ in list(store.list(manifest.PREFIX)):
@@ -48,12 +54,16 @@ def scrub(
             what = f"this snapshot is under the key {domain.hex()}, of which the repository has no holder any more"
             total.problems.append((name, what))
     listed = [(name, size_bytes) for name, size_bytes in store.list(index.PREFIX) if _is_locked(name, unlocked)]
-    packs = [(name, size_bytes) for name, size_bytes in store.list(pack.PREFIX) if _is_locked(name, unlocked)]
+    packs = [
+        (name, size_bytes)
+        for name, size_bytes in store.list(pack.PREFIX)
+        if _is_locked(name, unlocked) and share.holds(bytes.fromhex(name[-32:]))
+    ]
     meter = Meter(progress, "scrub", sum(size_bytes for _, size_bytes in [*listed, *packs]))
     bad: list[Bad] = []
     work: list[Callable[[], tuple[Scrubbed, list[Bad]]]] = [partial(_check_index, store, name) for name, _ in listed]
     work += [partial(_check_pack, store, name) for name, _ in packs]
-    for found, marked in in_order(hands, lambda piece: piece(), work):
+    for found, marked in in_order(hands, _do, work, in_flight):
         meter.advance(found.stored_bytes)
         total.packs += found.packs
         total.records += found.records
@@ -63,10 +73,14 @@ def scrub(
     return total, bad
 
 
+def _do(work: Callable[[], tuple[Scrubbed, list[Bad]]]) -> tuple[Scrubbed, list[Bad]]:
+    return work()
+
+
 def _is_locked(name: str, unlocked: frozenset[bytes]) -> bool:
     """Whether a pack or an index object is in the folder of a domain that is none of these."""
     parts = name.split("/")
-    if len(parts) != 3 or len(parts[1]) != 32 or len(parts[2]) != 32:
+    if len(parts) != 3 or len(parts[1]) != 32 or len(parts[2].rpartition("-")[2]) != 32:
         return False
     try:
         return bytes.fromhex(parts[1]) not in unlocked
@@ -91,7 +105,7 @@ def _check_index(store: Store, name: str) -> tuple[Scrubbed, list[Bad]]:
     try:
         data = store.get(name, envelope.OBJECT_LIMIT_BYTES)
         found.stored_bytes = len(data)
-        kind, _, _ = envelope.check_stored(data, name, bytes.fromhex(object_id))
+        kind, _, _ = envelope.check_stored(data, name, bytes.fromhex(object_id.rpartition("-")[2]))
         envelope.expect(kind, Kind.INDEX, name)
         _expect_domain(data, domain, name)
     except NotFoundError:

@@ -22,6 +22,8 @@ from snapcore.store.interface import Reader, Store
 _UPLOADS = 2
 # 2**16 entries stand for 4 GiB of chunks of 64 KiB, and for some 30 MB of Python objects.
 _INDEX_ENTRIES = 1 << 16
+# Behind this many packs an index object is written, so that of an interrupted upload only few packs are named nowhere.
+_INDEX_PACKS = 8
 
 
 class PendingReader:
@@ -56,9 +58,13 @@ class Storer:
         Reads through `reader`; gives the bases of node patches.
     reader : PendingReader
     compression : str
+    seen : int
+        Number of the generation that the session has seen.
     """
 
-    def __init__(self, store: Store, known: Index, objects: Objects, reader: PendingReader, compression: str) -> None:
+    def __init__(
+        self, store: Store, known: Index, objects: Objects, reader: PendingReader, compression: str, seen: int
+    ) -> None:
         self._store = store
         self._index = known
         self._objects = objects
@@ -70,6 +76,7 @@ class Storer:
         self._uploads: deque[tuple[Future[int], PackBuilder, Table]] = deque()
         self._tables: list[Table] = []
         self._entries = 0
+        self._seen = seen
         self.new_bytes = 0
         self.stored_bytes = 0
 
@@ -144,14 +151,14 @@ class Storer:
         del self._reader.pending[builder.name]
         self._tables.append(contents)
         self._entries += len(contents.entries)
-        if self._entries >= _INDEX_ENTRIES:
+        if self._entries >= _INDEX_ENTRIES or len(self._tables) >= _INDEX_PACKS:
             self._write_index()
 
     def _write_index(self) -> None:
         if not self._tables:
             return
         for part in table.split(table.merge(self._tables)):
-            name, size_bytes = index.write(self._store, part, self._domain)
+            name, size_bytes = index.write(self._store, part, self._domain, self._seen)
             self.stored_bytes += size_bytes
             self._index.written(name, part, size_bytes)
         self._tables.clear()

@@ -7,8 +7,10 @@ repository: marked records count as missing, so the next snapshot with the same 
 
 from __future__ import annotations
 
+import secrets
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
@@ -31,12 +33,13 @@ from snapcore.progress import Meter, ProgressCallback
 from snapcore.repository import damage, intact, manifest, pack, record, scrub, tree
 from snapcore.repository.context import Context
 from snapcore.repository.damage import Bad
-from snapcore.repository.domain import ZERO_ID
+from snapcore.repository.domain import ZERO_ID, Domain
 from snapcore.repository.index import Index, Place
 from snapcore.repository.intact import Intact
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import RecordKind
+from snapcore.repository.share import Share
 from snapcore.repository.table import Entries, Ids, entry_ids, id_keys, ids_of
 from snapcore.repository.tree import FANOUT, used_slots
 from snapcore.store import Store
@@ -149,7 +152,11 @@ class _Report:
 
 
 def verify(
-    contexts: Sequence[Context], progress: ProgressCallback | None = None, executor: Executor | None = None
+    contexts: Sequence[Context],
+    share: Share,
+    progress: ProgressCallback | None = None,
+    executor: Executor | None = None,
+    in_flight: int | None = None,
 ) -> Verified:
     """Read and check everything; see `Repository.verify`. One context for each domain that is unlocked."""
     started = time.monotonic()
@@ -157,15 +164,17 @@ def verify(
     with executor_or_own(executor) as hands:
         for _ in range(_ATTEMPTS):
             before = _names(store)
+            # What is marked in packs that are not read now stays marked.
+            kept = [bad for bad in damage.load(store) if not share.holds(bytes.fromhex(bad.pack))]
             try:
-                found, bad = _attempt_all(contexts, progress, hands)
+                found, bad = _attempt_all(contexts, _Way(share, kept, hands, in_flight, progress))
             except (DamagedError, NotFoundError):
                 if before <= _names(store):
                     raise
                 continue
             # What a collection has moved or removed meanwhile is neither bad nor lost.
             if found.ok or before <= _names(store):
-                marked = _mark(store, bad, found.problems)
+                marked = _mark(store, bad + kept, found.problems)
                 return replace(found, marked=marked, duration_s=time.monotonic() - started)
     raise BusyError(
         f"a collection is at work on {store.url}: what is there changed while it was verified, {_ATTEMPTS} times. "
@@ -173,18 +182,32 @@ def verify(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Which packs are read and by whom, and what else is known to be bad."""
+
+    share: Share
+    kept: list[Bad]
+    hands: Executor
+    in_flight: int | None
+    progress: ProgressCallback | None
+
+
 def _names(store: Store) -> set[str]:
     """Every index object and pack. Creates only add to them."""
     return {name for prefix in ("index/", "packs/") for name, _ in store.list(prefix)}
 
 
-def _attempt_all(
-    contexts: Sequence[Context], progress: ProgressCallback | None, hands: Executor
-) -> tuple[Verified, list[Bad]]:
+def _attempt_all(contexts: Sequence[Context], way: _Way) -> tuple[Verified, list[Bad]]:
     """Read and check every domain once, those without a key as far as that goes."""
-    parts = [_attempt(context, progress, hands) for context in contexts]
+    parts = [_attempt(context, way) for context in contexts]
     locked, locked_bad = scrub.scrub(
-        contexts[0].store, frozenset(context.domain.id for context in contexts), progress, hands
+        contexts[0].store,
+        frozenset(context.domain.id for context in contexts),
+        way.share,
+        way.progress,
+        way.hands,
+        way.in_flight,
     )
     problems = [Problem(where, what) for where, what in locked.problems]
     strays = [name for name, _ in contexts[0].store.list(pack.PREFIX) if not pack.is_name(name)]
@@ -208,28 +231,35 @@ def _attempt_all(
     )
 
 
-def _attempt(context: Context, progress: ProgressCallback | None, hands: Executor) -> tuple[Verified, list[Bad]]:
+def _attempt(context: Context, way: _Way) -> tuple[Verified, list[Bad]]:
     """Read and check everything once. Returns also what is to be marked."""
     problems: list[Problem] = []
     snapshots = _snapshots(context, problems)
+
+    def there() -> set[bytes]:
+        return set(pack.sizes(context.store, context.domain))
+
     # Marks of an earlier verify are left out here: a record that reads well again counts as good again.
     known = Index.load(
         context.store,
         damaged=lambda name, error: problems.append(Problem(name, str(error))),
         domain=context.domain,
+        there=there,
     )
     objects = Objects(context.store, known, context.domain, context.config.chunk_bytes)
-    tasks = _tasks(context, known)
-    meter = Meter(progress, "verify", sum(task.size_bytes or 0 for task in tasks))
+    tasks = [task for task in _tasks(context, known) if way.share.holds(task.pack_id)]
+    meter = Meter(way.progress, "verify", sum(task.size_bytes or 0 for task in tasks))
     reports = []
-    for report in in_order(hands, _CheckPack(context.store, objects), tasks):
+    for report in in_order(way.hands, _CheckPack(context.store, objects), tasks, way.in_flight):
         meter.advance(report.size_bytes)
         reports.append(report)
         problems += report.problems
     bad = [row for report in reports for row in report.bad]
     sound = None
-    if bad:
-        rest = Index.load(context.store, damage.places(bad), damaged=lambda *_: None, domain=context.domain)
+    if bad or way.kept:
+        rest = Index.load(
+            context.store, damage.places(bad + way.kept), damaged=lambda *_: None, domain=context.domain, there=there
+        )
         objects = Objects(context.store, rest, context.domain, context.config.chunk_bytes)
     elif not any(report.lost for report in reports):
         sound = _Sound(known)
@@ -289,6 +319,11 @@ class _CheckPack:
         self._objects = objects
         self._domain = objects.domain
         self._intact = Intact(objects)
+        self._run = secrets.token_bytes(16)
+
+    def __reduce__(self) -> tuple[Callable[..., _CheckPack], tuple[Store, Domain, int, bytes]]:
+        """For another process, which loads an index of its own, once a run."""
+        return _check_pack_elsewhere, (self._store, self._domain, self._objects.chunk_bytes, self._run)
 
     def __call__(self, task: _Task) -> _Report:
         name = pack.name(task.pack_id, self._domain)
@@ -396,6 +431,22 @@ class _CheckPack:
                 where = f"{pack.name(pack_id, self._domain)} at {offset}"
                 bad.append(Bad(pack=pack_id.hex(), offset=offset, id=object_id.tobytes().hex()))
                 problems.append(Problem(where, f"no readable record of {object_id.tobytes().hex()}"))
+
+
+# The last run that this process was given packs of.
+_elsewhere: dict[bytes, _CheckPack] = {}
+_elsewhere_lock = threading.Lock()
+
+
+def _check_pack_elsewhere(store: Store, domain: Domain, chunk_bytes: int, run: bytes) -> _CheckPack:
+    with _elsewhere_lock:
+        if run not in _elsewhere:
+            known = Index.load(
+                store, damaged=lambda *_: None, domain=domain, there=lambda: pack.sizes(store, domain).keys()
+            )
+            _elsewhere.clear()
+            _elsewhere[run] = _CheckPack(store, Objects(store, known, domain, chunk_bytes))
+        return _elsewhere[run]
 
 
 def _fields(head: record.RecordHeader) -> tuple[int, int, int, int]:

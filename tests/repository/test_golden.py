@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from snapcore import KeyFile, LockedError, Passphrase, Repository
+from snapcore.repository import generations as generations_
+from snapcore.repository import summaries
+from snapcore.repository.domain import PLAIN
+from snapcore.store import LocalStore
 from tests.support.golden import CHUNK_BYTES, KEY_FILE, PASSPHRASE, Generation, generations
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -57,3 +61,17 @@ def test_work_goes_on_in_golden_repositories(repository: Repository, tmp_path: P
     repository.restore(made, tmp_path / "out.img")
     assert (tmp_path / "out.img").read_bytes() == bytes(content)
     assert repository.verify().ok
+
+
+def test_a_golden_collection_goes_on(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "format-1-collected", tmp_path / "repo")
+    repository = Repository.open(tmp_path / "repo")
+    store = LocalStore(str(tmp_path / "repo"))
+    assert generations_.latest(store, PLAIN).condemned
+    assert len(summaries.load(store)) >= len(generations())
+    (waiting,) = repository.collect(patience_s=float("inf")).waiting_for
+    assert (waiting.host, waiting.generation) == ("elsewhere", 2)
+    done = repository.collect(patience_s=0.0)
+    assert (done.waiting_for, done.condemned_packs) == ((), 0) and done.removed_packs > 0
+    assert not list(store.list("deleted/"))
+    assert repository.verify().ok and len(repository.snapshots()) == len(generations())
