@@ -290,8 +290,8 @@ class Repository:
     ) -> Iterator[Copied]:
         """Copy snapshots of another repository into this one, or of this one under another key.
 
-        Each is durable when it is yielded. A copy has a new id, no tags, and says in `copied` where it comes from. After
-        an interruption, start it again: what was stored is used. All that can be refused is, before anything is copied.
+        Each is durable when it is yielded. A copy has a new id, no tags, and says in `copied` where it comes from. An
+        interrupted one is started again: what it stored is used. What is refused is so before anything is copied.
 
         Parameters
         ----------
