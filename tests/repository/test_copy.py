@@ -17,7 +17,7 @@ from snapcore.repository.pack import records
 from snapcore.repository.record import Form, RecordKind
 from snapcore.store import MemoryStore
 from tests.support.disks import changed, disk
-from tests.support.forge import objects_of, store_of
+from tests.support.forge import objects_of, store_of, with_members
 from tests.support.regions import FailingOnce, Watched, region, share
 from tests.support.small import Bytes, changed_pages, restored
 
@@ -170,6 +170,20 @@ def test_without_the_source_of_the_last_copy_all_is_read_under_another_key_and_t
     assert first.id in str(done.snapshot.fallback_reason)
     assert fetched(target, done, tmp_path) == later
     assert done.moved_bytes > len(data) and done.snapshot.stored_bytes < CHUNK
+
+
+def test_a_source_that_is_not_what_it_was_when_it_was_copied_is_no_base(tmp_path: Path) -> None:
+    source, target = region(tmp_path), region(tmp_path, ("k",))
+    data = noise(1, 20 * CHUNK)
+    first = take(source, data)
+    copied(target, source, first, key="k")
+    later = changed_pages(data, random.Random(1), [3])
+    second = take(source, later)
+    objects = objects_of(store_in(source))
+    (name,) = (name for name in objects if name.endswith(first.id))
+    forged = Repository.open(store_of(objects | {name: with_members(objects[name], root=second.root)}))
+    done = copied(target, forged, second)
+    assert fetched(target, done, tmp_path) == later and first.id in str(done.snapshot.fallback_reason)
 
 
 def test_within_a_key_the_source_of_the_last_copy_need_not_be_there(tmp_path: Path) -> None:
@@ -459,16 +473,18 @@ def test_a_damaged_source_is_an_error_and_not_a_copy(tmp_path: Path, kind: str) 
     assert target.snapshots() == []
 
 
-def test_a_copy_heals_what_is_damaged_over_there(tmp_path: Path) -> None:
-    source, target = region(tmp_path), region(tmp_path)
+@pytest.mark.parametrize("keys", [(), ("k",)])
+def test_a_copy_heals_what_is_damaged_over_there(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    source, target = region(tmp_path), region(tmp_path, keys)
     data = noise(1, 20 * CHUNK)
     first = take(source, data)
-    done = copied(target, source, first)
+    done = copied(target, source, first, **({"key": "k"} if keys else {}))
     objects = objects_of(store_in(target))
     name = max((name for name in objects if name.startswith(pack.PREFIX)), key=lambda name: len(objects[name]))
     broken = bytearray(objects[name])
     broken[len(broken) // 2] ^= 1
-    bad = Repository.open(store_of(objects | {name: bytes(broken)}))
+    holders = [KeyFile(str(tmp_path / f"k-{target.id}"))] if keys else []
+    bad = Repository.open(store_of(objects | {name: bytes(broken)}), keys=holders)
     assert not bad.verify().ok
     healing = copied(bad, source, first)
     assert healing.moved_bytes >= CHUNK
@@ -485,7 +501,8 @@ def test_what_a_memo_says_wrongly_is_not_believed(tmp_path: Path, own_cache: Pat
     (memo,) = (own_cache / "snapcore" / "copies").iterdir()
     found = bytearray(memo.read_bytes())
     assert found and not any(data[start : start + 16] in found for start in range(0, len(data), CHUNK))
-    found[20] ^= 1
+    # Both chunks are over there: only the checksum says that they stand in each other's place.
+    found[12:44], found[44:76] = found[44:76], found[12:44]
     memo.write_bytes(found + b"torn")
     assert fetched(target, copied(target, source, snapshot, key="k"), tmp_path) == data
     assert not memo.exists()

@@ -1,6 +1,6 @@
 """What copies cost: within a key against `cp` of the same packs, under another key, and of an increment. One run.
 
-    python bench/copy.py IMAGE [DIR] [--runs 5]
+    python bench/copies.py IMAGE [DIR] [--runs 5]
 
 IMAGE is any disk image (`mke2fs -t ext4 -d /usr/lib IMAGE 4G` makes one of real files). Snapshots of it, and of it
 with 2 % of its pages changed, are taken into a plain and a sealed repository in DIR. Then copies and `cp` take turns,
