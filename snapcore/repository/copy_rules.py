@@ -2,7 +2,7 @@
 
 | source | goes to | no key asked for | key K | no key |
 | --- | --- | --- | --- | --- |
-| plain | another repository | that of the chain there, else plain if it has no keys | K | plain, if no chain has a key |
+| plain | another repository | that of the chain there, else plain without keys there | K | plain, if the chain is |
 | under D | another repository | that of the chain there, else D if it has that key | K | refused |
 | plain | the same repository | refused | K | refused |
 | under D | the same repository | refused | K, but not D | refused |

@@ -207,6 +207,7 @@ class Resealing(_Reading):
 
     def _resealed(self, work: _Work, ids: Node, slots: list[int]) -> list[Record]:
         """Fills in the ids of the slots."""
+        self._offer_bases(work, slots)
         opened = {}
         for number, found in self._from.opened(RecordKind.CHUNK, ids_of(work.wanted[slots].tobytes())):
             if isinstance(found, DamagedError):
@@ -228,6 +229,25 @@ class Resealing(_Reading):
         if plains:
             records += self._records(plains, ids, work.old, list(plains))
         return records
+
+    def _offer_bases(self, work: _Work, slots: list[int]) -> None:
+        """What patches of the source rest on is over there as a rule: then it need not come from the source again."""
+        places = self._from.index.find_many(ids_of(work.wanted[slots].tobytes()))
+        there = set(tree.used_slots(work.old).tolist())
+        resting = {
+            slot: place.base
+            for slot, place in zip(slots, places, strict=True)
+            if place is not None and place.base is not None and slot in there
+        }
+        if not resting:
+            return
+        for base_id, found in zip(
+            resting.values(),
+            self._objects.bases(RecordKind.CHUNK, ids_of(work.old[list(resting)].tobytes())),
+            strict=True,
+        ):
+            if found is not None and self._from.domain.chunk_id(found.plain) == base_id:
+                self._from.offer_base(base_id, found.plain)
 
 
 class MovedSource(SnapshotSource):

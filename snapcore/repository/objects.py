@@ -177,6 +177,10 @@ class Objects:
         """(number, what it holds or what is wrong) for every object of `ids`; see `chunks`."""
         return self._each(kind, ids, self._as_opened)
 
+    def offer_base(self, base_id: bytes, plain: Buffer) -> None:
+        """Bytes that were found elsewhere and match the id: a patch that rests on them need not read them here."""
+        self._bases.put(base_id, plain)
+
     def _each(self, kind: RecordKind, ids: Ids, use: Use[Result]) -> Iterator[tuple[int, Result | DamagedError]]:
         """What `use` makes of every object of `ids`; each that is not where it was is looked for in a new index."""
         for number, found in self._many(kind, ids, self.index.find_many(ids), use):

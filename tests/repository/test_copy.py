@@ -127,6 +127,8 @@ def test_under_another_key_everything_is_sealed_anew_and_patches_stay_patches(
     assert not set(chunk_records(source).values()) & set(chunk_records(target).values())
     assert two.snapshot.key == one.snapshot.key is not None
     assert two.snapshot.new_bytes <= second.new_bytes < CHUNK
+    # What patches rest on is read where the copy goes, and not moved again.
+    assert two.moved_bytes < 3 * 8192 + 32768
     whole = b"".join(objects_of(store_in(target)).values())
     assert not any(data[start : start + 16] in whole for start in range(8192, len(data) - 16, 4096) if data[start])
     assert b"d" * 8 not in whole and target.verify().ok
@@ -169,7 +171,7 @@ def test_without_the_source_of_the_last_copy_all_is_read_under_another_key_and_t
     done = copied(target, source, second)
     assert first.id in str(done.snapshot.fallback_reason)
     assert fetched(target, done, tmp_path) == later
-    assert done.moved_bytes > len(data) and done.snapshot.stored_bytes < CHUNK
+    assert done.moved_bytes > 0.9 * len(data) and done.snapshot.stored_bytes < CHUNK
 
 
 def test_a_source_that_is_not_what_it_was_when_it_was_copied_is_no_base(tmp_path: Path) -> None:
