@@ -80,6 +80,7 @@ class FileMemo:
         os.ftruncate(self._file, at)
 
     def find(self, first: int, old: Node) -> Node | None:
+        """See `Memo`; None for an entry that was torn or changed."""
         at = self._places.get((first, len(old)))
         if at is None:
             return None
@@ -93,6 +94,7 @@ class FileMemo:
         return np.frombuffer(entry, dtype=np.uint8, offset=_HEAD.size).reshape(-1, ID_BYTES)
 
     def note(self, first: int, old: Node, new: Node) -> None:
+        """See `Memo`; found by the next one that opens the file."""
         entry = _HEAD.pack(first, len(new)) + new.tobytes()
         with self._lock:
             if self._file < 0:

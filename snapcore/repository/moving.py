@@ -47,6 +47,7 @@ class SnapshotSource:
 
     @property
     def size_bytes(self) -> int:
+        """Length of the disk."""
         return self._snapshot.size_bytes
 
     def data_extents(self) -> Extents:
@@ -56,6 +57,7 @@ class SnapshotSource:
         return extents.from_blocks(np.array(firsts, dtype=np.int64) // FANOUT, size * FANOUT, self.size_bytes)
 
     def read_into(self, target: memoryview, offset_bytes: int) -> None:
+        """Fill `target` from the disk; DamagedError where it cannot be read."""
         size = self._objects.chunk_bytes
         first, last = offset_bytes // size, (offset_bytes + len(target) - 1) // size
         ids = ids_between(self._snapshot.tree, self._objects.node, first, last - first + 1)
