@@ -50,6 +50,27 @@ class Unlocking:
             _ask(found)
         return found
 
+    def open_both(self, one: str, other: str) -> tuple[Repository, Repository]:
+        """Open two repositories and unlock keys: each holder must open a key of one of them at least."""
+        from snapcore.errors import LockedError
+        from snapcore.repository import Repository
+
+        found = Repository.open(one), Repository.open(other)
+        holders = self.holders()
+        for holder in holders:
+            failed = []
+            for repository in found:
+                try:
+                    repository.unlock(holder)
+                except LockedError as error:
+                    failed.append(error)
+            if len(failed) == len(found):
+                raise LockedError("; ".join(map(str, failed)), failed[0].key)
+        if not holders:
+            for repository in found:
+                _ask(repository)
+        return found
+
     def holders(self) -> list[Holder]:
         """What the words of the command name, else what the environment does."""
         from snapcore.keys import AwsKms, KeyFile, Passphrase

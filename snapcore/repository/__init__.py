@@ -1,10 +1,11 @@
 """The cold tier: trees, chunks, packs, index, manifests, collection (docs/FORMAT.md)."""
 
 from snapcore.repository.collect import Collected
+from snapcore.repository.copy import Copied
 from snapcore.repository.create import Created
 from snapcore.repository.keyring import Key, KeyHolder, Keyring
 from snapcore.repository.lineage import NO_KEY, KeyChoice
-from snapcore.repository.manifest import Manifest, Snapshot
+from snapcore.repository.manifest import CopiedFrom, Manifest, Snapshot
 from snapcore.repository.marks import Usage
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.repository import LockedSnapshot, Repository
@@ -15,6 +16,8 @@ from snapcore.repository.verify import Hit, Problem, Verified
 __all__ = [
     "NO_KEY",
     "Collected",
+    "Copied",
+    "CopiedFrom",
     "Created",
     "Hit",
     "Key",

@@ -38,11 +38,11 @@ from snapcore.repository import damage, generations, index, manifest, pack, sess
 from snapcore.repository.context import Context
 from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.generations import Generation
-from snapcore.repository.hints import Hints
+from snapcore.repository.hints import Hints, NoHints
 from snapcore.repository.index import BadPlaces, Index
-from snapcore.repository.manifest import Manifest
+from snapcore.repository.manifest import CopiedFrom, Manifest
 from snapcore.repository.objects import Objects
-from snapcore.repository.reading import Outcome, Reading, Span
+from snapcore.repository.reading import Outcome, Reading, RecordSource, Span
 from snapcore.repository.session import Session
 from snapcore.repository.storer import PendingReader, Storer
 from snapcore.repository.tree import EMPTY, FANOUT, Root, TreeWriter
@@ -87,6 +87,8 @@ class Request:
     label: str | None = None
     tags: dict[str, str] | None = None
     reason: str | None = None
+    created: str | None = None
+    copied: CopiedFrom | None = None
 
 
 def create(
@@ -246,7 +248,10 @@ class _Job:
         # What other writers published, dead ones included, may not be durable yet, and this snapshot will rely on it.
         context.store.settle(pack.PREFIX + context.domain.folder)
         context.store.settle(index.PREFIX + context.domain.folder)
-        self._hints = Hints(context.config.id, context.domain.disk_tag(request.disk), self._chunk_bytes)
+        if isinstance(source, RecordSource):
+            self._hints: Hints = NoHints()
+        else:
+            self._hints = Hints(context.config.id, context.domain.disk_tag(request.disk), self._chunk_bytes)
         self._lost_nodes: set[bytes] = set()
         self._suspect = self._damaged_in_parent(known, {bytes.fromhex(bad.id) for bad in marked})
         self._fallback_reason = self._why_more()
@@ -304,7 +309,7 @@ class _Job:
 
     def _why_more(self) -> str | None:
         request, parent = self._request, self._parent
-        if request.reason is not None:
+        if request.reason is not None or request.copied is not None:
             return request.reason
         if parent is None:
             if request.changed is None:
@@ -331,15 +336,7 @@ class _Job:
         old = parent.tree if parent else EMPTY
         changed = self._changed_region()
         trusted = parent is not None and self._hints.snapshot == parent.id and not request.paranoid
-        reading = Reading(
-            self._source,
-            self._objects,
-            old,
-            self._hints,
-            trusted=trusted and request.changed is None,
-            suspect=self._suspect,
-            compression=self._compression,
-        )
+        reading = self._reading(old, trusted=trusted and request.changed is None)
         base = (
             tree.fitted(old, levels, self._node_or_nothing, self._storer.put_node) if parent else Root(ZERO_ID, levels)
         )
@@ -352,7 +349,7 @@ class _Job:
         meter = Meter(progress, "read", extents.total_bytes(data))
         totals = _Totals()
         with executor_or_own(executor) as hands:
-            if parent is not None and changed is not None:
+            if parent is not None and changed is not None and not isinstance(self._source, RecordSource):
                 self._check_unchanged_sample(reading, changed)
             for outcome in in_order(hands, reading, spans):
                 self._apply(outcome, writer, totals)
@@ -372,7 +369,7 @@ class _Job:
             disk=request.disk,
             sequence=int(object_name[-41:-33], 16),
             parent=parent.id if parent else None,
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            created=request.created or datetime.now(UTC).isoformat(timespec="milliseconds"),
             size_bytes=self._size_bytes,
             chunk_bytes=self._chunk_bytes,
             levels=root.levels,
@@ -388,10 +385,25 @@ class _Job:
             source=self._source.name.encode("utf-8", "backslashreplace").decode(),
             software=f"snapcore {VERSION}",
             key=self._context.domain.key_id,
+            copied=request.copied,
         )
         self._commit(snapshot)
         self._hints.finish(snapshot.id, self._chunks)
         return snapshot
+
+    def _reading(self, old: Root, *, trusted: bool) -> Reading:
+        """What works on a span."""
+        if isinstance(self._source, RecordSource):
+            return self._source.reading(self._objects, old, suspect=self._suspect, compression=self._compression)
+        return Reading(
+            self._source,
+            self._objects,
+            old,
+            self._hints,
+            trusted=trusted,
+            suspect=self._suspect,
+            compression=self._compression,
+        )
 
     def _node_or_nothing(self, object_id: bytes) -> Buffer:
         """A node of the parent; an empty one where it is damaged, for then all below it is written anew."""

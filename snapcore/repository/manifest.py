@@ -25,7 +25,34 @@ TAGS_LIMIT = 64
 TAG_KEY_LIMIT = 128
 TAG_VALUE_LIMIT = 256
 _COUNT_LIMIT_BYTES = 1 << 62
+_ID = re.compile(r"[0-9a-f]{32}")
+_ROOT = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"snapshots/([0-9a-f]{16})/([0-9a-f]{8})-([0-9a-f]{32})")
+
+
+class CopiedFrom(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a copy comes from.
+
+    Attributes
+    ----------
+    repository, snapshot : str
+        Ids, 32 hexadecimal digits each: of the repository, and of the snapshot in it.
+    key : str or None
+        Id of the key that the snapshot is under there.
+    sequence : int
+        Of the snapshot there.
+    root : str
+        Of its tree, in hexadecimal.
+    at : str
+        When it was copied: UTC, RFC 3339, for people.
+    """
+
+    repository: str
+    snapshot: str
+    key: str | None
+    sequence: int
+    root: str
+    at: str
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +65,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sequence : int
         1 + that of the parent: the order within the disk's chain.
     created : str
-        UTC, RFC 3339, for people.
+        UTC, RFC 3339, for people; of a copy, that of its source.
     size_bytes, chunk_bytes, levels, root
         Size of the disk, of a chunk, height of the tree, its root id in hexadecimal.
     written_bytes, changed_bytes, new_bytes, stored_bytes : int
@@ -50,6 +77,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         For people.
     key : str or None
         Id of the key that it is sealed under, 32 hexadecimal digits; None for a plain one.
+    copied : CopiedFrom or None
+        Of a copy, where it comes from.
     """
 
     id: str
@@ -71,6 +100,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: str | None = None
     software: str = ""
     key: str | None = None
+    copied: CopiedFrom | None = None
 
     @property
     def tree(self) -> Root:
@@ -184,13 +214,13 @@ def parse(data: bytes, where: str, object_name: str, domains: Domains, chunk_byt
         return None
     envelope.expect(kind, Kind.MANIFEST, where)
     manifest = envelope.from_json(body, Manifest, where)
-    root = manifest.root
     counts = (manifest.written_bytes, manifest.changed_bytes, manifest.new_bytes, manifest.stored_bytes)
     whole = (
         0 <= manifest.size_bytes <= SIZE_LIMIT_BYTES
         and manifest.chunk_bytes == chunk_bytes
         and manifest.levels == tree.levels_for(manifest.chunks)
-        and re.fullmatch(r"[0-9a-f]{64}", root)
+        and _ROOT.fullmatch(manifest.root)
+        and (manifest.copied is None or _is_whole(manifest.copied))
         and all(0 <= count <= _COUNT_LIMIT_BYTES for count in counts)
         and manifest.key == domain.key_id
         and object_name == name(domain, manifest.disk, manifest.sequence, manifest.id)
@@ -234,3 +264,10 @@ def forget_deleted(store: Store, tails: Iterable[str], domain: Domain) -> None:
     for tail in tails:
         with contextlib.suppress(NotFoundError):
             store.delete(f"{DELETED}{domain.folder}{tail}")
+
+
+def _is_whole(copied: CopiedFrom) -> bool:
+    ids = [copied.repository, copied.snapshot, *([] if copied.key is None else [copied.key])]
+    return bool(
+        all(map(_ID.fullmatch, ids)) and _ROOT.fullmatch(copied.root) and 0 <= copied.sequence <= SEQUENCE_LIMIT
+    )

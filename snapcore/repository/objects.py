@@ -42,6 +42,13 @@ class Base(NamedTuple):
     plain: Buffer
 
 
+class Opened(NamedTuple):
+    """An object that was checked, and, of one that is stored full, its payload as it is once it is not sealed."""
+
+    plain: Buffer
+    encoded: tuple[Codec, Buffer] | None
+
+
 class Objects:
     """Reads chunks and nodes of one repository.
 
@@ -68,9 +75,9 @@ class Objects:
         self.index = index
         self.domain = domain
         self.chunk_bytes = chunk_bytes
-        self._store = store
+        self.store = store
         self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
-        self._renew = renew
+        self.renew = renew
         self._renewal = threading.Lock()
         self._nodes = _Cache(_NODES_KEPT)
         self._bases = _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes)))
@@ -111,11 +118,11 @@ class Objects:
 
     def _renewed(self, seen: Index) -> bool:
         """Whether there is another index now than the one that was used."""
-        if self._renew is None:
+        if self.renew is None:
             return False
         with self._renewal:
             if self.index is seen:
-                fresh = self._renew()
+                fresh = self.renew()
                 if (fresh.names, fresh.away) == (seen.names, seen.away):
                     return False
                 self.index = fresh
@@ -150,7 +157,7 @@ class Objects:
                 yield number, self._chunk_or_error(ids[number].tobytes())
             return
         for number, plain in self._many(RecordKind.CHUNK, ids, places, self._decoded):
-            if isinstance(plain, DamagedError) and self._renew is not None:
+            if isinstance(plain, DamagedError) and self.renew is not None:
                 yield number, self._chunk_or_error(ids[number].tobytes())
             else:
                 yield number, plain
@@ -164,7 +171,35 @@ class Objects:
 
         Their checksums are checked, and no key is used. A patch is a record with a base, which is to be moved too.
         """
-        return self._many(kind, ids, self.index.find_many(ids), self._as_stored)
+        return self._each(kind, ids, self._as_stored)
+
+    def opened(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Opened | DamagedError]]:
+        """(number, what it holds or what is wrong) for every object of `ids`; see `chunks`."""
+        return self._each(kind, ids, self._as_opened)
+
+    def offer_base(self, base_id: bytes, plain: Buffer) -> None:
+        """Bytes that were found elsewhere and match the id: a patch that rests on them need not read them here."""
+        self._bases.put(base_id, plain)
+
+    def _each(self, kind: RecordKind, ids: Ids, use: Use[Result]) -> Iterator[tuple[int, Result | DamagedError]]:
+        """What `use` makes of every object of `ids`; each that is not where it was is looked for in a new index."""
+        for number, found in self._many(kind, ids, self.index.find_many(ids), use):
+            if isinstance(found, DamagedError) and self.renew is not None:
+                yield number, self._again(kind, ids[number : number + 1], use)
+            else:
+                yield number, found
+
+    def _again(self, kind: RecordKind, one: Ids, use: Use[Result]) -> Result | DamagedError:
+        def attempt() -> Result:
+            (_, found), *_ = self._many(kind, one, self.index.find_many(one), use)
+            if isinstance(found, DamagedError):
+                raise found
+            return found
+
+        try:
+            return self._renewing(attempt)
+        except DamagedError as error:
+            return error
 
     def _chunk_or_error(self, object_id: bytes) -> Buffer | DamagedError:
         try:
@@ -230,7 +265,7 @@ class Objects:
     def _read(self, pack_id: bytes, offset_bytes: int, length_bytes: int) -> bytes:
         """Bytes of a pack; a pack that is gone or a medium that fails is damage, a store that fails is not."""
         try:
-            return self._store.get_range(pack.name(pack_id, self.domain), offset_bytes, length_bytes)
+            return self.store.get_range(pack.name(pack_id, self.domain), offset_bytes, length_bytes)
         except (NotFoundError, ReadError) as error:
             raise DamagedError(f"{error}; run `snapcore verify` to see what it hits") from error
 
@@ -258,6 +293,15 @@ class Objects:
         header = bytes(raw[: record.HEADER_BYTES])
         return Record(kind, head.form, head.id, header, payload, Codec(head.codec), head.plain_bytes, place.base)
 
+    def _as_opened(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Opened:
+        where, head = self._header(kind, object_id, place, raw)
+        payload = raw[record.HEADER_BYTES :]
+        if head.form == Form.PATCH:
+            return Opened(self.checked(kind, head, payload, where), None)
+        encoded, plain = record.payload_opened(head, payload, self._sizes[kind], where, self.domain)
+        self._check(kind, head, plain, where)
+        return Opened(plain, (Codec(head.codec), encoded))
+
     def _header(
         self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview
     ) -> tuple[str, record.RecordHeader]:
@@ -282,16 +326,20 @@ class Objects:
         unit_bytes = UNIT_BYTES[kind]
         if head.form == Form.FULL:
             plain = record.payload_plain(head, payload, size_bytes, where, self.domain)
-            if len(plain) != size_bytes:
-                raise DamagedError(f"{where}: {len(plain)} bytes where {size_bytes} belong")
         else:
             limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
             patch = record.payload_plain(head, payload, limit_bytes, where, self.domain)
             base = self._base(kind, record.patch_base(patch, where))
             plain = record.apply_patch(patch, base, unit_bytes, where)
+        self._check(kind, head, plain, where)
+        return plain
+
+    def _check(self, kind: RecordKind, head: record.RecordHeader, plain: Buffer, where: str) -> None:
+        """DamagedError for bytes that are not what the id of the record says."""
+        if len(plain) != self._sizes[kind]:
+            raise DamagedError(f"{where}: {len(plain)} bytes where {self._sizes[kind]} belong")
         if self.identify(kind, plain) != head.id:
             raise DamagedError(f"{where}: the content of {head.id.hex()} does not match its id")
-        return plain
 
     def identify(self, kind: RecordKind, plain: Buffer) -> bytes:
         """The id of plain bytes."""

@@ -122,6 +122,13 @@ def make(
 def make_many(kind: RecordKind, contents: Sequence[Content], compression: str, domain: Domain = PLAIN) -> list[Record]:
     """A record of each, sealed where the domain is."""
     encoded = codec.encode_many([content.plain for content in contents], compression)
+    return make_encoded(kind, contents, encoded, domain)
+
+
+def make_encoded(
+    kind: RecordKind, contents: Sequence[Content], encoded: Sequence[tuple[codec.Codec, Buffer]], domain: Domain = PLAIN
+) -> list[Record]:
+    """A record of each, which is encoded already, sealed where the domain is."""
     if domain.sealing is None:
         return [_record(kind, content, *form) for content, form in zip(contents, encoded, strict=True)]
     sealer = domain.sealing.record_sealer()
@@ -191,6 +198,13 @@ def check_payload(head: RecordHeader, payload: Buffer, where: str) -> None:
 
 def payload_plain(head: RecordHeader, payload: Buffer, limit_bytes: int, where: str, domain: Domain = PLAIN) -> Buffer:
     """Check, open and decode a payload: the object itself, or the plain form of a patch."""
+    return payload_opened(head, payload, limit_bytes, where, domain)[1]
+
+
+def payload_opened(
+    head: RecordHeader, payload: Buffer, limit_bytes: int, where: str, domain: Domain = PLAIN
+) -> tuple[Buffer, Buffer]:
+    """Check, open and decode a payload: as it is between the two, and decoded."""
     if head.plain_bytes > limit_bytes:
         raise DamagedError(f"{where}: says that it decodes to {head.plain_bytes} of at most {limit_bytes} bytes")
     check_payload(head, payload, where)
@@ -200,7 +214,7 @@ def payload_plain(head: RecordHeader, payload: Buffer, limit_bytes: int, where: 
     try:
         if domain.sealing is not None:
             payload = domain.sealing.open_record(payload, head.bound + domain.id)
-        return codec.decode(head.codec, payload, head.plain_bytes)
+        return payload, codec.decode(head.codec, payload, head.plain_bytes)
     except DamagedError as error:
         raise DamagedError(f"{where}: {error}") from error
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,6 +31,8 @@ from snapcore.repository import (
     codec,
     collect,
     config,
+    copy,
+    copy_rules,
     create,
     lineage,
     manifest,
@@ -45,6 +47,8 @@ from snapcore.repository import (
 from snapcore.repository.collect import Collected, Patience
 from snapcore.repository.config import CHUNK_BYTES, Config
 from snapcore.repository.context import Context
+from snapcore.repository.copy import Copied, Way
+from snapcore.repository.copy_rules import Destination
 from snapcore.repository.create import Created, Request
 from snapcore.repository.domain import PLAIN, Domain
 from snapcore.repository.keyring import Key, Keyring
@@ -273,6 +277,99 @@ class Repository:
                     f"{opened.name} has {opened.size_bytes} bytes; {manifest.SIZE_LIMIT_BYTES} are the most"
                 )
             return create.create(replace(self._context, domain=line.domain), opened, request, progress, executor)
+
+    def copy_from(
+        self,
+        source: Repository,
+        snapshots: Sequence[SnapshotLike],
+        *,
+        key: str | KeyChoice | None = None,
+        chain: bool = False,
+        limit_bytes_per_s: int | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Iterator[Copied]:
+        """Copy snapshots of another repository into this one, or of this one under another key.
+
+        Each is durable when it is yielded. A copy has a new id, no tags, and says in `copied` where it comes from. An
+        interrupted one is started again: what it stored is used. What is refused is so before anything is copied.
+
+        Parameters
+        ----------
+        source : Repository
+            May be this one.
+        snapshots : sequence of snapshot
+        key : str or NO_KEY, optional
+            Name or id of the unlocked key, of this repository, that the copies shall be under. Default: that of the
+            disk's chain here, else that of the source, when it is a key of this repository too (`Keyring.share`).
+        chain : bool
+            Of each disk, copy all earlier snapshots too, oldest first, but those that have a copy here.
+        limit_bytes_per_s : int, optional
+            Read no more than that of the source.
+        progress, executor
+            As in `snapshot`; for each snapshot anew.
+
+        Raises
+        ------
+        RefusedError
+            What is encrypted would become plain, or a copy in the same repository would not be under another key.
+        LockedError
+            The key of a source, or that of a copy, is not unlocked, or disabled.
+        BusyError, FencedError, DamagedError, NotFoundError, OutOfSpaceError, UsageError, StoreError
+        """
+        wanted = [source.find(snapshot) for snapshot in snapshots]
+        ways = [self._way(source, snapshot, key, limit_bytes_per_s) for snapshot in wanted]
+        if not chain:
+            work = list(zip(ways, wanted, strict=True))
+        else:
+            work = [
+                (way, snapshot)
+                for way, last in zip(ways, wanted, strict=True)
+                for snapshot in source._uncopied(way, last)
+            ]
+        done: set[str] = set()
+
+        def each() -> Iterator[Copied]:
+            for way, snapshot in work:
+                if snapshot.id not in done:
+                    done.add(snapshot.id)
+                    yield copy.copy(way, snapshot, progress, executor)
+
+        return each()
+
+    def _way(
+        self, source: Repository, snapshot: Manifest, key: str | KeyChoice | None, limit_bytes_per_s: int | None
+    ) -> Way:
+        origin = source._of_snapshot(snapshot)
+
+        def has_chain(domain: Domain) -> bool:
+            return create.newest(replace(self._context, domain=domain), snapshot.disk) is not None
+
+        to = Destination(self.url, self.keyring, self.id == source.id)
+        chosen = copy_rules.choose(origin.domain, snapshot, to, key, has_chain)
+
+        def others(disk: str) -> bool:
+            contexts = [replace(self._context, domain=domain) for domain in self.keyring.domains.values()]
+            return any(
+                next(copy.copies(origin, context, disk), None) is not None
+                for context in contexts
+                if context.domain.id != chosen.id
+            )
+
+        return Way(origin, replace(self._context, domain=chosen), source.find, others, limit_bytes_per_s)
+
+    def _uncopied(self, way: Way, last: Manifest) -> list[Manifest]:
+        """The snapshots of a chain up to one that have no copy, oldest first."""
+        copied = {
+            found.copied.snapshot
+            for found in copy.copies(way.source, way.target, last.disk)
+            if found.copied is not None
+        }
+        return [
+            found
+            for found in self.snapshots(last.disk)
+            if found.key == last.key and found.sequence <= last.sequence and found.id not in copied
+        ]
 
     def snapshots(self, disk: str | None = None) -> list[Manifest]:
         """All snapshots that can be read, or those of one disk: by disk, in the order of the chain.
