@@ -2,6 +2,7 @@
 
 from snapcore.repository.collect import Collected
 from snapcore.repository.create import Created
+from snapcore.repository.groups import Group, HookRun, Member
 from snapcore.repository.manifest import Manifest, Snapshot
 from snapcore.repository.marks import Usage
 from snapcore.repository.reader import SnapshotReader
@@ -13,8 +14,11 @@ from snapcore.repository.verify import Hit, Problem, Verified
 __all__ = [
     "Collected",
     "Created",
+    "Group",
     "Hit",
+    "HookRun",
     "Manifest",
+    "Member",
     "Problem",
     "Repository",
     "Restored",

@@ -47,7 +47,7 @@ from snapcore.repository.tree import EMPTY, FANOUT, Root, TreeWriter
 from snapcore.source import Source
 from snapcore.version import VERSION
 
-_CHECKED_SHARE = 0.001
+CHECKED_SHARE = 0.001
 _CHECKED_AT_LEAST = 16
 
 
@@ -79,6 +79,9 @@ class Request:
     compression: str | None = None
     label: str | None = None
     tags: dict[str, str] | None = None
+    checked_share: float = CHECKED_SHARE
+    origin: str | None = None
+    group: str | None = None
 
 
 def create(
@@ -317,6 +320,8 @@ class _Job:
             # A path may hold bytes that are no text; it is for people only.
             source=self._source.name.encode("utf-8", "backslashreplace").decode(),
             software=f"snapcore {VERSION}",
+            origin=request.origin,
+            group=request.group,
         )
         self._commit(own, object_name, snapshot)
         self._hints.finish(snapshot.id, self._chunks)
@@ -402,7 +407,7 @@ class _Job:
     def _some_chunks(self, rows: Extents) -> list[int]:
         counts = -(-rows[:, 1] // self._chunk_bytes)
         total = int(counts.sum())
-        wanted = min(total, max(_CHECKED_AT_LEAST, int(total * _CHECKED_SHARE)))
+        wanted = min(total, max(_CHECKED_AT_LEAST, int(total * self._request.checked_share)))
         picks = np.array(sorted(random.SystemRandom().sample(range(total), wanted)), dtype=np.int64)
         ends = np.cumsum(counts)
         row = np.searchsorted(ends, picks, side="right")

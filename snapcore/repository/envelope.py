@@ -35,6 +35,7 @@ class Kind(IntEnum):
     INDEX = 5
     PACK = 6
     DAMAGE = 7
+    GROUP = 10
 
 
 def header(kind: Kind, object_id: bytes, body_bytes: int) -> bytes:

@@ -46,6 +46,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         Why more was read or hashed than what changed.
     label, tags, source, software
         For people.
+    origin : str or None
+        Where else these very bytes are: a snapshot of a pool, say.
+    group : str or None
+        Id of the group that it belongs to.
     """
 
     id: str
@@ -66,6 +70,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tags: dict[str, str] = msgspec.field(default_factory=dict)
     source: str | None = None
     software: str = ""
+    origin: str | None = None
+    group: str | None = None
 
     @property
     def tree(self) -> Root:

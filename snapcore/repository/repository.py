@@ -10,8 +10,6 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import replace
 
-import numpy as np
-
 from snapcore import extents
 from snapcore.errors import DamagedError, NotFoundError, ReadError, UnsupportedFormatError, UsageError
 from snapcore.extents import Extents
@@ -22,26 +20,28 @@ from snapcore.repository import (
     collect,
     config,
     create,
+    difference,
+    groups,
     manifest,
     marks,
     rebuild,
     restore,
     session,
-    tree,
     verify,
 )
 from snapcore.repository.collect import Collected
 from snapcore.repository.config import CHUNK_BYTES, Config
 from snapcore.repository.context import Context
-from snapcore.repository.create import Created, Request
+from snapcore.repository.create import CHECKED_SHARE, Created, Request
 from snapcore.repository.domain import PLAIN
+from snapcore.repository.groups import Group
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.marks import Usage
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
 from snapcore.repository.verify import Verified
-from snapcore.source import Source, open_source, open_target
+from snapcore.source import Source, Target, open_source, open_target
 from snapcore.store import Store, open_store, with_cache
 
 SnapshotLike = Manifest | str
@@ -121,6 +121,9 @@ class Repository:
         compression: str | None = None,
         label: str | None = None,
         tags: dict[str, str] | None = None,
+        checked_share: float = CHECKED_SHARE,
+        origin: str | None = None,
+        group: str | None = None,
         progress: ProgressCallback | None = None,
         executor: Executor | None = None,
     ) -> Created:
@@ -136,7 +139,7 @@ class Repository:
             that was made from it.
         changed : int64 array of shape (n, 2) or pairs of (offset, length), optional
             All byte ranges that may differ from the parent, known from elsewhere. Only they are read, and a random
-            0.1 % of the rest, which must be the same.
+            share of the rest, which must be the same.
         paranoid : bool
             Compare by content id and not by the fingerprints that this host remembers.
         allow_changing : bool
@@ -147,6 +150,12 @@ class Repository:
             A name to find the snapshot by: 1 to 255 printable characters that do not look like an id.
         tags : dict of str, optional
             For people: up to 64, keys of up to 128 characters, values of up to 256.
+        checked_share : float
+            How much of what `changed` does not name is compared all the same; 16 chunks at least.
+        origin : str, optional
+            Where else these very bytes are, for whoever asks later.
+        group : str, optional
+            Id of the group that it will belong to.
         progress : callable, optional
             Gets a `Progress` for each span; raising there cancels, and nothing is visible of the snapshot.
         executor : concurrent.futures.Executor, optional
@@ -171,6 +180,9 @@ class Repository:
             compression=None if compression is None else codec.check_compression(compression),
             label=label,
             tags=manifest.check_tags(tags or {}),
+            checked_share=checked_share,
+            origin=origin,
+            group=group,
         )
         with ExitStack() as stack:
             if isinstance(source, (str, os.PathLike)):
@@ -220,20 +232,90 @@ class Repository:
             raise UsageError(f"{snapshot!r} stands for {len(found)} snapshots: {listed}; give more digits")
         return found[0]
 
-    def diff(self, a: SnapshotLike, b: SnapshotLike) -> Extents:
+    def diff(
+        self, a: SnapshotLike, b: SnapshotLike, start: int = 0, stop: int | None = None, *, of: Repository | None = None
+    ) -> Extents:
         """Where two snapshots differ, on chunk borders: int64 array of shape (n, 2), offset and length in bytes.
 
-        Any two snapshots of the repository; costs what differs. Behind the end of the smaller disk, everything that is
-        not zero differs.
+        Any two snapshots of the repository, or of it and another; costs what differs. Behind the end of the smaller
+        disk, everything that is not zero differs.
+
+        Parameters
+        ----------
+        a, b : snapshot
+        start, stop : int
+            Only this part, in bytes.
+        of : Repository, optional
+            That `b` is in, if it is another one: of the same chunk size and keys (`comparable`).
         """
-        old, new = self.find(a), self.find(b)
-        objects = self._context.objects()
-        parts = [np.empty(0, dtype=np.int64)]
-        for first, (leaf_a, leaf_b) in tree.differing(
-            objects.node, old.tree, new.tree, stop=max(old.chunks, new.chunks)
-        ):
-            parts.append(first + np.flatnonzero((leaf_a != leaf_b).any(axis=1)))
-        return extents.from_blocks(np.concatenate(parts), self.chunk_bytes, max(old.size_bytes, new.size_bytes))
+        other = of or self
+        if not self.comparable(other):
+            raise UsageError(f"{self.url} and {other.url} name the same bytes differently; compare what they hold")
+        old, new = self.find(a), other.find(b)
+        return difference.differing(
+            self._context,
+            old,
+            other._context,
+            new,
+            start,
+            max(old.size_bytes, new.size_bytes) if stop is None else stop,
+        )
+
+    def comparable(self, other: Repository) -> bool:
+        """Whether the same bytes have the same id in both."""
+        mine, theirs = self._context, other._context
+        return self.chunk_bytes == other.chunk_bytes and mine.domain.id == theirs.domain.id
+
+    def extents(self, snapshot: SnapshotLike, start: int = 0, stop: int | None = None) -> Extents:
+        """Where a snapshot is not zero, on chunk borders; all of it or from `start` to `stop`."""
+        found = self.find(snapshot)
+        return difference.written(self._context, found, start, found.size_bytes if stop is None else stop)
+
+    def put_group(self, group: Group) -> None:
+        """Make a group of snapshots that are all there; ExistsError when it is there already."""
+        groups.write(self._context.store, group)
+
+    def groups(self) -> list[Group]:
+        """All groups, oldest first."""
+        return groups.load(self._context.store)
+
+    def group(self, ref: str) -> Group:
+        """The group of an id, of the beginning of one or of a name that only one has."""
+        return groups.find(self._context.store, ref)
+
+    def delete_group(self, group: Group) -> None:
+        """The snapshots are no group any more; they stay."""
+        self._context.store.delete(groups.PREFIX + group.id)
+
+    def fill(
+        self,
+        snapshot: SnapshotLike,
+        target: Target,
+        *,
+        within: Extents | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Restored:
+        """Write a snapshot into an open target of its size, which is its owner's to make durable.
+
+        Parameters
+        ----------
+        snapshot : snapshot
+        target : Target
+        within : int64 array of shape (n, 2), optional
+            The target is known to differ nowhere else.
+        progress, executor
+            As in `snapshot`.
+        """
+        return restore.restore(
+            self._context.objects(),
+            self.find(snapshot),
+            target,
+            allow_damaged=False,
+            within=within,
+            progress=progress,
+            executor=executor,
+        )
 
     def restore(
         self,
