@@ -2,7 +2,7 @@
 
 | two versions | differ where |
 | --- | --- |
-| of one pool and a common origin | the maps say so: exact to 4 KiB, though what was written with the same bytes counts |
+| of one pool and a common origin | the maps say so: exact to 4 KiB; written again with the same bytes counts |
 | of repositories with the same keys and chunks | the trees say so: exact to the chunk |
 | across the tiers, with a twin that is archived there | their bytes differ, of what maps and trees leave over |
 | any others | their bytes differ |
@@ -22,6 +22,8 @@ from snapcore.service.base import Base, Known
 from snapcore.service.journal import Journal
 
 PAGE_BYTES = 4096
+# Bounds the memory of a diff by trees: 16 Mi chunks of 64 KiB.
+_TREES_BYTES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,6 @@ def differing(a: Side, b: Side, start: int, stop: int) -> Iterator[Extents]:
             yield a.repository.diff(a.snapshot, b.snapshot, at, end, of=b.repository)
     else:
         yield from _compared(a, b, _candidates(a, b, start, stop))
-
-
-# A part of a diff by trees: 64 leaf nodes' worth at 64 KiB and more than a page of any caller.
-_TREES_BYTES = 64 << 30
 
 
 def _candidates(a: Side, b: Side, start: int, stop: int) -> Extents:
