@@ -18,8 +18,8 @@ def snapshot() -> None:
 
 @snapshot.command()
 @click.argument("image", metavar="IMAGE|DISK", type=click.Path())
-@output.place_option
-@click.option("--disk", help="Name of the image's disk; its snapshots make a chain.")
+@output.places_option
+@click.option("--disk", help="Name of the chain; for an image it must be given, a pool's disk has one.")
 @click.option("--parent", metavar="ID", help="Compare with this snapshot and not with the disk's newest one.")
 @click.option(
     "--changed",
@@ -38,10 +38,13 @@ def snapshot() -> None:
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
 @click.option("--name", "label", help="A name to find the snapshot by.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
+@output.rate_option
+@click.option("--keep-local", type=int, help="Then delete all but so many archived local snapshots of the disk.")
 @output.json_option
 def create(
     image: str,
-    place: output.Place,
+    repo: str | None,
+    pool: str | None,
     disk: str | None,
     parent: str | None,
     changed: str | None,
@@ -52,29 +55,39 @@ def create(
     compression: str | None,
     label: str | None,
     tags: tuple[str, ...],
+    rate: int,
+    keep_local: int | None,
     as_json: bool,
 ) -> None:
     """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed.
 
     An image whose name ends in .qcow2, .vhd, .vhdx or .vmdk is read as that.
 
-    With -p: of DISK of the pool, in constant time; of the options only --name is for that.
+    With -p: of DISK of the pool, in constant time; of the options only --name is for that. With -p and -r: of DISK of
+    the pool, and then stored in the repository: what changed since the last one there. Interrupted, it is gone on with
+    by `snapcore snapshot archive`, or by the next one.
     """
-    if place.is_pool:
+    if pool is not None and repo is not None:
+        _refuse_options("label", "disk", "tags", "rate", "keep_local")
+        from snapcore.cli import archiving
+
+        archiving.create(
+            pool, repo, image, label, disk, output.tag_pairs(tags), rate=rate, keep_local=keep_local, as_json=as_json
+        )
+        return
+    if pool is not None:
         _refuse_options("label")
         from snapcore.cli import snapshot_pool
 
-        snapshot_pool.create(place.path, image, label, as_json=as_json)
+        snapshot_pool.create(pool, image, label, as_json=as_json)
         return
+    if rate or keep_local is not None:
+        raise click.UsageError("--rate and --keep-local are for disks of a pool that are archived")
     if disk is None:
         raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
     from snapcore.repository import Repository
 
-    pairs = [tag.partition("=") for tag in tags]
-    for key, sign, _ in pairs:
-        if not key or not sign:
-            raise click.UsageError(f"a tag has the form KEY=VALUE, not {key!r}")
-    repository = Repository.open(place.path)
+    repository = Repository.open(str(repo))
     with (
         images.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
         output.bar() as progress,
@@ -87,7 +100,7 @@ def create(
             paranoid=paranoid,
             compression=compression,
             label=label,
-            tags={key: value for key, _, value in pairs},
+            tags=output.tag_pairs(tags),
             progress=progress,
         )
     made = done.snapshot
@@ -126,6 +139,19 @@ def _refuse_options(*allowed: str) -> None:
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
         if given and isinstance(option, click.Option) and option.name not in (*_PLACES, *allowed):
             raise click.UsageError(f"{option.opts[-1]} is for images, not for disks of a pool")
+
+
+@snapshot.command()
+@click.argument("refs", metavar="[SNAPSHOT…]", nargs=-1)
+@output.repository_option
+@click.option("-p", "--pool", required=True, envvar="SNAPCORE_POOL", metavar="DIR", help="The pool.")
+@output.rate_option
+@output.json_option
+def archive(refs: tuple[str, ...], place: str, pool: str, rate: int, as_json: bool) -> None:
+    """Archive snapshots of a pool in a repository; without one, finish what was begun. With --json an object a line."""
+    from snapcore.cli import archiving
+
+    archiving.archive(pool, place, refs, rate=rate, as_json=as_json)
 
 
 @snapshot.command("list")

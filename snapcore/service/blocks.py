@@ -1,8 +1,8 @@
 """Blocks of snapshots for other tools: which there are, which differ, and their bytes with a checksum.
 
-A block is `block_bytes` long, a power of two and a whole number of what each side tells apart (4 KiB in a pool, a chunk in
-a repository); the last one of a disk may be shorter. Lists come in pages that name where to go on. A block that is not
-listed is zero, or does not differ. Checksums are SHA-256 of a block's bytes, base64.
+A block is `block_bytes` long, a power of two and a whole number of what each side tells apart (4 KiB in a pool, a chunk
+in a repository); the last one of a disk may be shorter. Lists come in pages that name where to go on. A block that is
+not listed is zero, or does not differ. Checksums are SHA-256 of a block's bytes, base64.
 """
 
 from __future__ import annotations
