@@ -255,10 +255,17 @@ class Archives:
         return [item for item in self.journal.wanted(repository.id) if item.id not in busy]
 
     def cancel(self, archive: Archive) -> None:
-        """Stop an archive, and want it no more. Nothing of it is visible; the local snapshot stays."""
+        """Stop an archive that is progressing, and want it no more. Nothing of it is visible; the local snapshot stays.
+
+        One that was past stopping, with its last bytes on their way, is deleted when it is there.
+        """
+        if archive.state == "accomplished":
+            return
         archive.stop()
-        if archive.ended() is not None:
-            self.journal.drop(archive.wanted.id)
+        if archive.ended() is None:
+            with contextlib.suppress(NotFoundError):
+                archive.repository.delete(archive.result().archived)
+        self.journal.drop(archive.wanted.id)
 
     def delete_snapshots(self, snapshots: Sequence[Snapshot]) -> None:
         """Delete local snapshots; archives of them that are under way are cancelled first."""
