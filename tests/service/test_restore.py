@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from snapcore import BusyError, CancelledError, ExistsError, MemoryStore, RefusedError, Repository
 from snapcore.pool import Pool
 from snapcore.service import Archives, into_disk, into_new_disk
-from tests.support.pools import quick_folder
-from tests.support.tiers import CHUNK, PAGE, archived_bytes, disk, local_bytes, scribble
+from tests.support.tiers import CHUNK, PAGE, archived_bytes, disk, local_bytes, quick_pool, scribble
 
 
 def test_only_what_differs_is_looked_at_and_written_when_a_twin_is_there(pool: Pool, repository: Repository) -> None:
@@ -93,7 +92,7 @@ def test_a_new_disk_is_whole_or_not_there(pool: Pool, repository: Repository) ->
 def test_any_disk_becomes_any_snapshot_of_its_family(seed: int, chunk_bytes: int) -> None:
     dice = random.Random(seed)
     repository = Repository.create(MemoryStore(), chunk_bytes=chunk_bytes)
-    with Pool.create(quick_folder(), background=False) as pool, Archives(pool) as archives:
+    with quick_pool() as pool, Archives(pool) as archives:
         web = disk(pool, "web", 6, seed)
         done = []
         for step in range(3):

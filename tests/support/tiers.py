@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import shutil
+from collections.abc import Iterator
 
 from snapcore import Manifest, Repository
 from snapcore.pool import Disk, Pool, Snapshot
+from tests.support.pools import quick_folder
 
 CHUNK = 64 << 10
 PAGE = 4096
@@ -38,3 +42,14 @@ def local_bytes(version: Disk | Snapshot) -> bytes:
 def archived_bytes(repository: Repository, snapshot: Manifest | str) -> bytes:
     """All bytes of an archived snapshot."""
     return repository.open_snapshot(snapshot).read()
+
+
+@contextlib.contextmanager
+def quick_pool() -> Iterator[Pool]:
+    """A pool in memory that is gone afterwards."""
+    folder = quick_folder()
+    try:
+        with Pool.create(folder / "pool", background=False) as made:
+            yield made
+    finally:
+        shutil.rmtree(folder)
