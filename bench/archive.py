@@ -170,15 +170,15 @@ def guest(folder: Path) -> Iterator[str]:
             alone, beside = [], []
             for turn in range(2):
                 alone.append(load(4))
-                repository = Repository.create(LocalStore(str(folder / f"repo-guest-{turn}")), compression="zstd")
                 stop = threading.Event()
 
-                def keep_on(place: Repository = repository, stop: threading.Event = stop) -> None:
-                    with Archives(pool) as archives:
-                        while not stop.is_set():
-                            snapshot = other.snapshot()
-                            # Of no chain, so all of it is read each time.
-                            place.snapshot(snapshot, disk=snapshot.id, executor=archives._hands)
+                def keep_on(turn: int = turn, stop: threading.Event = stop) -> None:
+                    number = 0
+                    while not stop.is_set():
+                        number += 1
+                        # A repository that has nothing: all of the disk is read, hashed, compressed and stored.
+                        place = Repository.create(LocalStore(str(folder / f"repo-{turn}-{number}")))
+                        archive(pool, place, other)
 
                 worker = threading.Thread(target=keep_on)
                 worker.start()
