@@ -81,7 +81,9 @@ def places_option(command: Callable[..., None]) -> Callable[..., None]:
         }
         chosen = written or given
         if not chosen or (len(chosen) == 2 and not written):
-            raise click.UsageError("give one place: a repository (-r DIR) or a pool (-p DIR); or both, to archive a disk of the pool")
+            raise click.UsageError(
+                "give one place: a repository (-r DIR) or a pool (-p DIR); or both, to archive a disk of the pool"
+            )
         command(repo=chosen.get("repo"), pool=chosen.get("pool"), **options)
 
     functools.update_wrapper(called, command)
