@@ -102,6 +102,18 @@ class FencedError(Error):
     """This writer's session was ended by another process before it committed; run the work again."""
 
 
+class ChecksumError(Error):
+    """Bytes that were handed in do not have the checksum, or not the number of blocks, that was handed in with them."""
+
+
+class ConflictError(Error):
+    """Another content was handed in for the same place before."""
+
+
+class ExpiredError(Error):
+    """Nobody went on with it for too long, and it was given up."""
+
+
 class CancelledError(Error):
     """The caller stopped the work; nothing of it is visible."""
 

@@ -69,6 +69,38 @@ def place_option(command: Callable[..., None]) -> Callable[..., None]:
     return repository(pool(click.pass_context(called)))
 
 
+def places_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command `-r`, `-p` or both, as `repo` and `pool`; those in its words, else those in the environment."""
+
+    def called(context: click.Context, /, repo: str | None, pool: str | None, **options: object) -> None:
+        given = {name: value for name, value in (("repo", repo), ("pool", pool)) if value is not None}
+        written = {
+            name: value
+            for name, value in given.items()
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        }
+        chosen = written or given
+        if not chosen or (len(chosen) == 2 and not written):
+            raise click.UsageError(
+                "give one place: a repository (-r DIR) or a pool (-p DIR); or both, to archive a disk of the pool"
+            )
+        command(repo=chosen.get("repo"), pool=chosen.get("pool"), **options)
+
+    functools.update_wrapper(called, command)
+    repository = click.option("-r", "--repo", envvar="SNAPCORE_REPO", metavar="DIR", help=_IN_REPOSITORY)
+    in_pool = click.option("-p", "--pool", envvar="SNAPCORE_POOL", metavar="DIR", help=_IN_POOL)
+    return repository(in_pool(click.pass_context(called)))
+
+
+def tag_pairs(tags: Sequence[str]) -> dict[str, str]:
+    """Tags from words of the form KEY=VALUE."""
+    pairs = [tag.partition("=") for tag in tags]
+    for key, sign, _ in pairs:
+        if not key or not sign:
+            raise click.UsageError(f"a tag has the form KEY=VALUE, not {key!r}")
+    return {key: value for key, _, value in pairs}
+
+
 def print_json(value: object) -> None:
     """One line of JSON on standard output."""
     import msgspec
@@ -124,6 +156,15 @@ class Size(click.ParamType[int]):
             return int(text.rstrip("KMGT")) * factor
         except ValueError:
             self.fail(f"{value!r} is no size; give bytes, or 64K, 20G, …", param, ctx)
+
+
+rate_option = click.option(
+    "--rate",
+    type=Size(),
+    default=0,
+    metavar="SIZE",
+    help="Bytes a second that are read at most; default: as fast as it goes.",
+)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> None:

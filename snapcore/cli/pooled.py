@@ -10,6 +10,7 @@ from snapcore.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from snapcore.pool import Disk, Pool, Snapshot
+    from snapcore.service.journal import Journal
 
 
 def find(pool: Pool, ref: str) -> Disk | Snapshot:
@@ -58,6 +59,20 @@ def snapshot_facts(snapshot: Snapshot) -> dict[str, object]:
         "created": output.instant(snapshot.created_ns),
         "group": snapshot.group,
     }
+
+
+def archive_facts(journal: Journal, snapshot: Snapshot) -> list[dict[str, object]]:
+    """Where a snapshot is archived, or on its way to."""
+    found: list[dict[str, object]] = []
+    for place in journal.repositories():
+        twin = journal.twins(place).get(snapshot.id)
+        if twin is not None:
+            found.append({"repository": place, "snapshot": twin, "state": "accomplished", "error": None})
+    for wanted in journal.wanted():
+        if snapshot.id in wanted.snapshots:
+            state = "failed" if wanted.error else "progressing"
+            found.append({"repository": wanted.repository, "snapshot": None, "state": state, "error": wanted.error})
+    return found
 
 
 def show_facts(facts: dict[str, object]) -> None:

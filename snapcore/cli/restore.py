@@ -10,9 +10,10 @@ from snapcore.cli.unlocking import Unlocking, key_options
 
 @click.command()
 @click.argument("snapshot")
-@click.argument("target", type=click.Path())
+@click.argument("target", metavar="TARGET|DISK", type=click.Path())
 @output.repository_option
 @key_options
+@click.option("-p", "--pool", metavar="DIR", help="Restore into a disk of this pool.")
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
 @click.option("--allow-damaged", is_flag=True, help="Write zeros where the repository is damaged, and list them.")
 @images.written_format_option
@@ -23,6 +24,7 @@ def restore(
     target: str,
     place: str,
     keys: Unlocking,
+    pool: str | None,
     in_place: bool,
     allow_damaged: bool,
     written_format: str,
@@ -31,8 +33,16 @@ def restore(
 ) -> None:
     """Write SNAPSHOT to TARGET, a new file, or with --in-place an existing file or block device.
 
-    "-" is standard output: for raw, vhd and vmdk.
+    "-" is standard output: for raw, vhd and vmdk. With -p: to DISK of the pool, a new one, or with --in-place an
+    existing one.
     """
+    if pool is not None:
+        if allow_damaged or written_format != "raw" or packing is not None:
+            raise click.UsageError("--allow-damaged and the options of formats are for images, not for disks of a pool")
+        from snapcore.cli import archiving
+
+        archiving.restore(pool, keys.open(place), snapshot, target, in_place=in_place, as_json=as_json)
+        return
     as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     if as_image and allow_damaged:
         raise click.UsageError("--allow-damaged is for raw images in files and devices")

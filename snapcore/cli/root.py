@@ -11,6 +11,7 @@ from snapcore.version import VERSION
 # A command, or a group of them, is an object of the same name in the file of that name beside this one, where a hyphen
 # becomes an underscore.
 COMMANDS = (
+    "block",
     "copy",
     "demo",
     "diff",

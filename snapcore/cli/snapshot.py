@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 from click.core import ParameterSource
 
 from snapcore.cli import images, output
-from snapcore.cli.unlocking import Unlocking, key_options
+from snapcore.cli.unlocking import KEY_OPTIONS, Unlocking, chain_options, key_options
 from snapcore.source import formats
+
+if TYPE_CHECKING:
+    from snapcore.repository import KeyChoice
 
 _PLACES = ("pool", "repo", "as_json")
 
@@ -19,8 +24,8 @@ def snapshot() -> None:
 
 @snapshot.command()
 @click.argument("image", metavar="IMAGE|DISK", type=click.Path())
-@output.place_option
-@click.option("--disk", help="Name of the image's disk; its snapshots make a chain.")
+@output.places_option
+@click.option("--disk", help="Name of the chain; for an image it must be given, a pool's disk has one.")
 @click.option("--parent", metavar="ID", help="Compare with this snapshot and not with the disk's newest one.")
 @click.option(
     "--changed",
@@ -39,13 +44,15 @@ def snapshot() -> None:
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
 @click.option("--name", "label", help="A name to find the snapshot by.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
-@click.option("--key", metavar="NAME", help="The key that the disk's chain shall be, or is, under.")
-@click.option("--no-key", is_flag=True, help="The disk's chain shall be, or is, a plain one.")
+@chain_options
 @key_options
+@output.rate_option
+@click.option("--keep-local", type=int, help="Then delete all but so many archived local snapshots of the disk.")
 @output.json_option
 def create(
     image: str,
-    place: output.Place,
+    repo: str | None,
+    pool: str | None,
     disk: str | None,
     parent: str | None,
     changed: str | None,
@@ -56,34 +63,48 @@ def create(
     compression: str | None,
     label: str | None,
     tags: tuple[str, ...],
-    key: str | None,
-    no_key: bool,
+    key: str | KeyChoice | None,
     keys: Unlocking,
+    rate: int,
+    keep_local: int | None,
     as_json: bool,
 ) -> None:
     """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed.
 
     An image whose name ends in .qcow2, .vhd, .vhdx or .vmdk is read as that.
 
-    With -p: of DISK of the pool, in constant time; of the options only --name is for that.
+    With -p: of DISK of the pool, in constant time; of the options only --name is for that. With -p and -r: of DISK of
+    the pool, and then stored in the repository: what changed since the last one there. Interrupted, it is gone on with
+    by `snapcore snapshot archive`, or by the next one.
     """
-    if place.is_pool:
+    if pool is not None and repo is not None:
+        _refuse_options("label", "disk", "tags", "rate", "keep_local", "key", "no_key", *KEY_OPTIONS)
+        from snapcore.cli import archiving
+
+        archiving.create(
+            pool,
+            keys.open(repo),
+            image,
+            label,
+            disk,
+            output.tag_pairs(tags),
+            key=key,
+            rate=rate,
+            keep_local=keep_local,
+            as_json=as_json,
+        )
+        return
+    if pool is not None:
         _refuse_options("label")
         from snapcore.cli import snapshot_pool
 
-        snapshot_pool.create(place.path, image, label, as_json=as_json)
+        snapshot_pool.create(pool, image, label, as_json=as_json)
         return
+    if rate or keep_local is not None:
+        raise click.UsageError("--rate and --keep-local are for disks of a pool that are archived")
     if disk is None:
         raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
-    if key is not None and no_key:
-        raise click.UsageError("--key and --no-key exclude each other")
-    from snapcore.repository import NO_KEY
-
-    pairs = [tag.partition("=") for tag in tags]
-    for name, sign, _ in pairs:
-        if not name or not sign:
-            raise click.UsageError(f"a tag has the form KEY=VALUE, not {name!r}")
-    found = keys.open(place.path)
+    found = keys.open(str(repo))
     with (
         images.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
         output.bar() as progress,
@@ -96,8 +117,8 @@ def create(
             paranoid=paranoid,
             compression=compression,
             label=label,
-            tags={name: value for name, _, value in pairs},
-            key=NO_KEY if no_key else key,
+            tags=output.tag_pairs(tags),
+            key=key,
             progress=progress,
         )
     made = done.snapshot
@@ -137,6 +158,31 @@ def _refuse_options(*allowed: str) -> None:
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
         if given and isinstance(option, click.Option) and option.name not in (*_PLACES, *allowed):
             raise click.UsageError(f"{option.opts[-1]} is for images, not for disks of a pool")
+
+
+@snapshot.command()
+@click.argument("refs", metavar="[SNAPSHOT…]", nargs=-1)
+@output.repository_option
+@click.option("-p", "--pool", required=True, envvar="SNAPCORE_POOL", metavar="DIR", help="The pool.")
+@output.rate_option
+@chain_options
+@key_options
+@output.json_option
+def archive(
+    refs: tuple[str, ...],
+    place: str,
+    pool: str,
+    rate: int,
+    key: str | KeyChoice | None,
+    keys: Unlocking,
+    as_json: bool,
+) -> None:
+    """Archive snapshots of a pool in a repository; without one, finish what was begun. With --json an object a line."""
+    if key is not None and not refs:
+        raise click.UsageError("--key and --no-key are for snapshots that are named; what was begun has its key")
+    from snapcore.cli import archiving
+
+    archiving.archive(pool, keys.open(place), refs, key=key, rate=rate, as_json=as_json)
 
 
 @snapshot.command("list")

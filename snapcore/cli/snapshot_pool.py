@@ -10,6 +10,8 @@ from snapcore import extents
 from snapcore.cli import output, pooled
 from snapcore.errors import NotFoundError
 from snapcore.pool import Pool
+from snapcore.service.archives import Archives
+from snapcore.service.journal import Journal
 
 
 def create(place: str, disk: str, name: str | None, *, as_json: bool) -> None:
@@ -37,8 +39,9 @@ def list_(place: str, disk: str | None, *, as_json: bool) -> None:
             if not listed:
                 raise
         if as_json:
+            journal = Journal(place)
             for item in listed:
-                output.print_json(pooled.snapshot_facts(item))
+                output.print_json(pooled.snapshot_facts(item) | {"archives": pooled.archive_facts(journal, item)})
             return
         rows = [
             [
@@ -87,7 +90,8 @@ def delete(place: str, refs: tuple[str, ...], *, as_json: bool) -> None:
     """Delete snapshots, all or none."""
     with Pool.open(place) as found:
         gone = [found.snapshot(ref) for ref in refs]
-        found.delete_snapshots(gone)
+        with Archives(found) as archives:
+            archives.delete_snapshots(gone)
     for item in gone:
         if as_json:
             output.print_json({"deleted": item.id})

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from snapcore.keys import Holder
-    from snapcore.repository import Repository
+    from snapcore.repository import KeyChoice, Repository
 
 _OPTIONS = {
     "key_file": ("--key-file", "SNAPCORE_KEY_FILE", "FILE", "Unlock the keys that this key file opens."),
@@ -29,6 +29,8 @@ _OPTIONS = {
     ),
     "kms": ("--kms", "SNAPCORE_KMS", "ARN", "Unlock the keys that this key of AWS KMS opens."),
 }
+# The names of these options.
+KEY_OPTIONS = tuple(_OPTIONS)
 _PASSPHRASE = "SNAPCORE_PASSPHRASE"
 
 
@@ -106,6 +108,24 @@ def key_options(command: Callable[..., None]) -> Callable[..., None]:
             wrapped
         )
     return wrapped
+
+
+def chain_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options that say under which key a chain goes, as `key`: a name, NO_KEY or None."""
+
+    def called(key: str | None, no_key: bool, **options: object) -> None:
+        chosen: str | KeyChoice | None = key
+        if no_key:
+            from snapcore.repository import NO_KEY
+
+            if key is not None:
+                raise click.UsageError("--key and --no-key exclude each other")
+            chosen = NO_KEY
+        command(key=chosen, **options)
+
+    functools.update_wrapper(called, command)
+    named = click.option("--key", metavar="NAME", help="The key that the disk's chain shall be, or is, under.")
+    return named(click.option("--no-key", is_flag=True, help="The disk's chain shall be, or is, a plain one.")(called))
 
 
 def _ask(repository: Repository) -> None:

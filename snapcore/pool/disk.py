@@ -192,9 +192,9 @@ class Readable(abc.ABC):
     def check_unchanged(self) -> None:  # noqa: B027 - there is nothing to do, for both
         """As a `Source`: a snapshot does not change; who reads a disk that is written takes what comes."""
 
-    def data_extents(self) -> Extents:
-        """Where data may be: int64 array of shape (n, 2), offset and length in bytes."""
-        allocation = self.extents()
+    def data_extents(self, offset_bytes: int = 0, length_bytes: int | None = None) -> Extents:
+        """Where data may be, in all of it or in a range: int64 array of shape (n, 2), offset and length in bytes."""
+        allocation = self.extents(offset_bytes, length_bytes)
         if self._image():
             return extents.union(allocation.allocated, allocation.absent)
         return allocation.allocated

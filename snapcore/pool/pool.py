@@ -54,6 +54,7 @@ class Pool:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._holders: dict[int, Counter[str]] = {}
+        self._exclusive: dict[int, str] = {}
         self._holders_lock = threading.Lock()
         self._readers: dict[int, Snapshot] = {}
         self._closed = False
@@ -165,6 +166,11 @@ class Pool:
         if not self._closed:
             self._closed = True
             self._engine.close()
+
+    @property
+    def id(self) -> str:
+        """Its own id, 32 hexadecimal digits. A copy of the folder has the same one."""
+        return self._engine.checkpointer.superblock.uuid.hex()
 
     @property
     def path(self) -> str:
@@ -616,6 +622,10 @@ class Pool:
         """What `Disk.attached` does."""
         number = int(disk.id)
         with self._holders_lock:
+            if number in self._exclusive:
+                raise BusyError(
+                    f"attaching to disk {disk.name!r}: it is in use by {self._exclusive[number]}; wait for that"
+                )
             self._holders.setdefault(number, Counter())[holder] += 1
         try:
             yield
@@ -624,9 +634,28 @@ class Pool:
                 self._holders[number][holder] -= 1
                 self._holders[number] += Counter()
 
+    @contextlib.contextmanager
+    def holding(self, disks: Sequence[Disk], holder: str) -> Iterator[None]:
+        """Have disks for oneself alone: BusyError when somebody is attached to one, and nobody can meanwhile."""
+        numbers = [int(disk.id) for disk in disks]
+        with self._holders_lock:
+            for disk, number in zip(disks, numbers, strict=True):
+                self._refuse_holders(number, f"{holder}: disk {disk.name!r}")
+            self._exclusive |= dict.fromkeys(numbers, holder)
+        try:
+            yield
+        finally:
+            with self._holders_lock:
+                for number in numbers:
+                    del self._exclusive[number]
+
     def _check_free(self, disk: int, doing: str) -> None:
         with self._holders_lock:
-            holders = sorted(self._holders.get(disk, ()))
+            self._refuse_holders(disk, doing)
+
+    def _refuse_holders(self, disk: int, doing: str) -> None:
+        holders = sorted(self._holders.get(disk, ()))
+        holders += [self._exclusive[disk]] if disk in self._exclusive else []
         if holders:
             raise BusyError(f"{doing}: it is in use by {', '.join(holders)}; disconnect there first")
 

@@ -3,6 +3,7 @@
 from snapcore.repository.collect import Collected
 from snapcore.repository.copy import Copied
 from snapcore.repository.create import Created
+from snapcore.repository.groups import Group, HookRun, Member
 from snapcore.repository.keyring import Key, KeyHolder, Keyring
 from snapcore.repository.lineage import NO_KEY, KeyChoice
 from snapcore.repository.manifest import CopiedFrom, Manifest, Snapshot
@@ -19,13 +20,16 @@ __all__ = [
     "Copied",
     "CopiedFrom",
     "Created",
+    "Group",
     "Hit",
+    "HookRun",
     "Key",
     "KeyChoice",
     "KeyHolder",
     "Keyring",
     "LockedSnapshot",
     "Manifest",
+    "Member",
     "Problem",
     "Repository",
     "Restored",

@@ -49,7 +49,7 @@ from snapcore.repository.tree import EMPTY, FANOUT, Root, TreeWriter
 from snapcore.source import Source
 from snapcore.version import VERSION
 
-_CHECKED_SHARE = 0.001
+CHECKED_SHARE = 0.001
 _CHECKED_AT_LEAST = 16
 # A chain that nobody collects is summarised by its writers, now and then.
 _SUMMARISE_EVERY = 64
@@ -89,6 +89,9 @@ class Request:
     reason: str | None = None
     created: str | None = None
     copied: CopiedFrom | None = None
+    checked_share: float = CHECKED_SHARE
+    origin: str | None = None
+    group: str | None = None
 
 
 def create(
@@ -386,6 +389,8 @@ class _Job:
             software=f"snapcore {VERSION}",
             key=self._context.domain.key_id,
             copied=request.copied,
+            origin=request.origin,
+            group=request.group,
         )
         self._commit(snapshot)
         self._hints.finish(snapshot.id, self._chunks)
@@ -485,7 +490,7 @@ class _Job:
     def _some_chunks(self, rows: Extents) -> list[int]:
         counts = -(-rows[:, 1] // self._chunk_bytes)
         total = int(counts.sum())
-        wanted = min(total, max(_CHECKED_AT_LEAST, int(total * _CHECKED_SHARE)))
+        wanted = min(total, max(_CHECKED_AT_LEAST, int(total * self._request.checked_share)))
         picks = np.array(sorted(random.SystemRandom().sample(range(total), wanted)), dtype=np.int64)
         ends = np.cumsum(counts)
         row = np.searchsorted(ends, picks, side="right")

@@ -44,6 +44,7 @@ class Kind(IntEnum):
     KEY = 8
     GENERATION = 9
     SUMMARY = 10
+    GROUP = 11
 
 
 def header(kind: Kind, object_id: bytes, body_bytes: int, domain: Domain = PLAIN) -> bytes:

@@ -79,6 +79,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         Id of the key that it is sealed under, 32 hexadecimal digits; None for a plain one.
     copied : CopiedFrom or None
         Of a copy, where it comes from.
+    origin : str or None
+        Where else these very bytes are: a snapshot of a pool, say.
+    group : str or None
+        Id of the group that it belongs to.
     """
 
     id: str
@@ -101,6 +105,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     software: str = ""
     key: str | None = None
     copied: CopiedFrom | None = None
+    origin: str | None = None
+    group: str | None = None
 
     @property
     def tree(self) -> Root:

@@ -11,8 +11,6 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from snapcore import extents
 from snapcore.errors import (
     DamagedError,
@@ -34,6 +32,8 @@ from snapcore.repository import (
     copy,
     copy_rules,
     create,
+    difference,
+    groups,
     lineage,
     manifest,
     marks,
@@ -41,7 +41,6 @@ from snapcore.repository import (
     restore,
     session,
     summaries,
-    tree,
     verify,
 )
 from snapcore.repository.collect import Collected, Patience
@@ -49,8 +48,9 @@ from snapcore.repository.config import CHUNK_BYTES, Config
 from snapcore.repository.context import Context
 from snapcore.repository.copy import Copied, Way
 from snapcore.repository.copy_rules import Destination
-from snapcore.repository.create import Created, Request
+from snapcore.repository.create import CHECKED_SHARE, Created, Request
 from snapcore.repository.domain import PLAIN, Domain
+from snapcore.repository.groups import Group
 from snapcore.repository.keyring import Key, Keyring
 from snapcore.repository.lineage import KeyChoice
 from snapcore.repository.manifest import Manifest
@@ -60,7 +60,7 @@ from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
 from snapcore.repository.share import Share, Whole
 from snapcore.repository.verify import Verified
-from snapcore.source import Source, open_source, open_target
+from snapcore.source import Source, Target, open_source, open_target
 from snapcore.store import Store, open_store, with_cache
 
 SnapshotLike = Manifest | str
@@ -198,6 +198,9 @@ class Repository:
         label: str | None = None,
         tags: dict[str, str] | None = None,
         key: str | KeyChoice | None = None,
+        checked_share: float = CHECKED_SHARE,
+        origin: str | None = None,
+        group: str | None = None,
         progress: ProgressCallback | None = None,
         executor: Executor | None = None,
     ) -> Created:
@@ -213,7 +216,7 @@ class Repository:
             that was made from it.
         changed : int64 array of shape (n, 2) or pairs of (offset, length), optional
             All byte ranges that may differ from the parent, known from elsewhere. Only they are read, and a random
-            0.1 % of the rest, which must be the same.
+            share of the rest, which must be the same.
         paranoid : bool
             Compare by content id and not by the fingerprints that this host remembers.
         allow_changing : bool
@@ -227,6 +230,12 @@ class Repository:
         key : str or NO_KEY, optional
             Name or id of the unlocked key that it shall be under, or under none. Default: that of the disk's chain,
             or of the parent. The first snapshot of a disk in a repository that has keys must say.
+        checked_share : float
+            How much of what `changed` does not name is compared all the same; 16 chunks at least.
+        origin : str, optional
+            Where else these very bytes are, for whoever asks later.
+        group : str, optional
+            Id of the group that it will belong to.
         progress : callable, optional
             Gets a `Progress` for each span; raising there cancels, and nothing is visible of the snapshot.
         executor : concurrent.futures.Executor, optional
@@ -266,6 +275,9 @@ class Repository:
             label=label,
             tags=manifest.check_tags(tags or {}),
             reason=line.reason,
+            checked_share=checked_share,
+            origin=origin,
+            group=group,
         )
         with ExitStack() as stack:
             if isinstance(source, (str, os.PathLike)):
@@ -449,24 +461,115 @@ class Repository:
             raise UsageError(f"{snapshot!r} stands for {len(found)} snapshots: {listed}; give more digits")
         return found[0]
 
-    def diff(self, a: SnapshotLike, b: SnapshotLike) -> Extents:
+    def diff(
+        self, a: SnapshotLike, b: SnapshotLike, start: int = 0, stop: int | None = None, *, of: Repository | None = None
+    ) -> Extents:
         """Where two snapshots differ, on chunk borders: int64 array of shape (n, 2), offset and length in bytes.
 
-        Any two snapshots of the repository; costs what differs. Behind the end of the smaller disk, everything that is
-        not zero differs. RefusedError for two that are under different keys, for the same content has two ids then.
+        Any two snapshots of the repository, or of it and another; costs what differs. Behind the end of the smaller
+        disk, everything that is not zero differs.
+
+        Parameters
+        ----------
+        a, b : snapshot
+        start, stop : int
+            Only this part, in bytes.
+        of : Repository, optional
+            That `b` is in, if it is another one: of the same chunk size (`comparable`).
+
+        Raises
+        ------
+        RefusedError
+            They are under different keys: the same content has two ids then.
         """
-        old, new = self.find(a), self.find(b)
+        other = of or self
+        old, new = self.find(a), other.find(b)
         if old.key != new.key:
             raise RefusedError(
                 f"the snapshots {old.id} and {new.id} are under different keys: restore both, and compare"
             )
-        objects = self._of_snapshot(old).objects()
-        parts = [np.empty(0, dtype=np.int64)]
-        for first, (leaf_a, leaf_b) in tree.differing(
-            objects.node, old.tree, new.tree, stop=max(old.chunks, new.chunks)
-        ):
-            parts.append(first + np.flatnonzero((leaf_a != leaf_b).any(axis=1)))
-        return extents.from_blocks(np.concatenate(parts), self.chunk_bytes, max(old.size_bytes, new.size_bytes))
+        if not self.comparable(old, new, of=other):
+            raise UsageError(f"{self.url} and {other.url} have chunks of different sizes; compare what they hold")
+        one = self._of_snapshot(old)
+        return difference.differing(
+            one,
+            old,
+            one if other is self else other._of_snapshot(new),
+            new,
+            start,
+            max(old.size_bytes, new.size_bytes) if stop is None else stop,
+        )
+
+    def comparable(self, a: Manifest, b: Manifest, *, of: Repository | None = None) -> bool:
+        """Whether the same bytes have the same id in both: in `a`, and in `b`, which is in `of` or here too."""
+        return self.chunk_bytes == (of or self).chunk_bytes and a.key == b.key
+
+    def extents(self, snapshot: SnapshotLike, start: int = 0, stop: int | None = None) -> Extents:
+        """Where a snapshot is not zero, on chunk borders; all of it or from `start` to `stop`."""
+        found = self.find(snapshot)
+        return difference.written(self._of_snapshot(found), found, start, found.size_bytes if stop is None else stop)
+
+    def put_group(self, group: Group) -> None:
+        """Make a group of snapshots that are all there. It is sealed under their key.
+
+        Raises
+        ------
+        ExistsError
+            It is there already.
+        RefusedError
+            They are under different keys.
+        LockedError, NotFoundError, StoreError
+        """
+        members = [self.find(member.snapshot) for member in group.members]
+        if len({member.key for member in members}) > 1:
+            raise RefusedError(f"the members of the group {group.id} are under different keys; a group is under one")
+        groups.write(self._context.store, group, self._of_snapshot(members[0]).domain)
+
+    def groups(self) -> list[Group]:
+        """All groups, oldest first, but those under keys that are not unlocked."""
+        return groups.load(self._context.store, self.keyring.domains)
+
+    def group(self, ref: str) -> Group:
+        """The group of an id, of the beginning of one or of a name that only one has."""
+        try:
+            return groups.find(self._context.store, ref, self.keyring.domains)
+        except LockedError as error:
+            raise self.keyring.locked(error) from error
+
+    def delete_group(self, group: Group) -> None:
+        """The snapshots are no group any more; they stay."""
+        self._context.store.delete(groups.PREFIX + group.id)
+
+    def fill(
+        self,
+        snapshot: SnapshotLike,
+        target: Target,
+        *,
+        within: Extents | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Restored:
+        """Write a snapshot into an open target of its size, which is its owner's to make durable.
+
+        Parameters
+        ----------
+        snapshot : snapshot
+        target : Target
+        within : int64 array of shape (n, 2), optional
+            The target is known to differ nowhere else.
+        progress, executor
+            As in `snapshot`.
+        """
+        wanted = self.find(snapshot)
+        return restore.restore(
+            self._of_snapshot(wanted).objects(),
+            wanted,
+            target,
+            allow_damaged=False,
+            within=within,
+            progress=progress,
+            executor=executor,
+        )
 
     def restore(
         self,

@@ -27,7 +27,7 @@ from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT
-from snapcore.source import RawTarget
+from snapcore.source import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +72,25 @@ class _Missing:
 def restore(
     objects: Objects,
     snapshot: Manifest,
-    target: RawTarget,
+    target: Target,
     *,
     allow_damaged: bool,
+    within: Extents | None = None,
     progress: ProgressCallback | None = None,
     executor: Executor | None = None,
 ) -> Restored:
-    """Fill a target (of the snapshot's size) with a snapshot; see `Repository.restore`."""
+    """Fill a target (of the snapshot's size) with a snapshot; see `Repository.restore`.
+
+    `within`: only there the target may differ from it, on any borders.
+    """
     started = time.monotonic()
     missing = _Missing()
     work = _Fill(objects, snapshot, target, missing if allow_damaged else None)
     meter = Meter(progress, "restore", snapshot.size_bytes)
     done = 0
     with executor_or_own(executor) as hands:
-        for piece in in_order(hands, work, _pieces(objects, snapshot, target, missing if allow_damaged else None)):
+        pieces = _pieces(objects, snapshot, target, missing if allow_damaged else None, within)
+        for piece in in_order(hands, work, pieces):
             stop = min((piece.first + piece.count) * objects.chunk_bytes, snapshot.size_bytes)
             meter.advance(stop - done)
             done = stop
@@ -94,27 +99,44 @@ def restore(
     return Restored(target.written_bytes, extents.clipped(rows, 0, snapshot.size_bytes), time.monotonic() - started)
 
 
-def _pieces(objects: Objects, snapshot: Manifest, target: RawTarget, missing: _Missing | None) -> Iterator[_Piece]:
+def _pieces(
+    objects: Objects, snapshot: Manifest, target: Target, missing: _Missing | None, within: Extents | None
+) -> Iterator[_Piece]:
     """Pieces of work in ascending order; ranges that are zero on both sides are left out."""
-    step = max(1, min(FANOUT, SPAN_BYTES // objects.chunk_bytes))
     filled = target.data_extents()
-    at = 0
+    if within is None:
+        yield from _pieces_of(objects, snapshot, filled, missing, 0, snapshot.chunks)
+        return
+    for offset, length in extents.aligned(within, objects.chunk_bytes, snapshot.size_bytes).tolist():
+        first, stop = offset // objects.chunk_bytes, -(-(offset + length) // objects.chunk_bytes)
+        yield from _pieces_of(objects, snapshot, filled, missing, first, stop)
+
+
+def _pieces_of(
+    objects: Objects, snapshot: Manifest, filled: Extents, missing: _Missing | None, begin: int, end: int
+) -> Iterator[_Piece]:
+    """Those of the chunks from `begin` up to `end`."""
+    step = max(1, min(FANOUT, SPAN_BYTES // objects.chunk_bytes))
+    at = begin
 
     def lost(first: int, count: int, error: DamagedError) -> None:
         if missing is None:
             raise error
-        missing.add(first, min(count, snapshot.chunks - first))
+        # A node stands for more than the part that is asked for.
+        low, high = max(begin, first), min(end, first + count)
+        missing.add(low, high - low)
 
-    for first, leaf in tree.leaves(snapshot.tree, objects.node, stop=snapshot.chunks, damaged=lost):
+    for first, leaf in tree.leaves(snapshot.tree, objects.node, begin, end, damaged=lost):
         yield from _zeros(filled, at, first, objects.chunk_bytes)
         for slot in range(0, FANOUT, step):
-            part = leaf[slot : slot + step]
+            low, high = max(begin, first + slot), min(end, first + slot + step)
+            part = leaf[low - first : max(low, high) - first]
             if part.any():
-                yield _Piece(first + slot, min(step, snapshot.chunks - first - slot), part.tobytes())
+                yield _Piece(low, high - low, part.tobytes())
             else:
-                yield from _zeros(filled, first + slot, first + slot + step, objects.chunk_bytes)
+                yield from _zeros(filled, low, high, objects.chunk_bytes)
         at = first + FANOUT
-    yield from _zeros(filled, at, snapshot.chunks, objects.chunk_bytes)
+    yield from _zeros(filled, at, end, objects.chunk_bytes)
 
 
 def _zeros(filled: Extents, start: int, stop: int, chunk_bytes: int) -> Iterator[_Piece]:
@@ -128,7 +150,7 @@ def _zeros(filled: Extents, start: int, stop: int, chunk_bytes: int) -> Iterator
 class _Fill:
     """The work on one piece; safe on many threads at once."""
 
-    def __init__(self, objects: Objects, snapshot: Manifest, target: RawTarget, missing: _Missing | None) -> None:
+    def __init__(self, objects: Objects, snapshot: Manifest, target: Target, missing: _Missing | None) -> None:
         self._objects = objects
         self._snapshot = snapshot
         self._target = target

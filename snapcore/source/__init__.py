@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from snapcore.source.export import Written, send_image, write_image
     from snapcore.source.image import open_image
-    from snapcore.source.interface import Source
+    from snapcore.source.interface import Source, Target
     from snapcore.source.raw import RawSource, open_source
     from snapcore.source.target import RawTarget, open_target
 
@@ -16,6 +16,7 @@ __all__ = [
     "RawSource",
     "RawTarget",
     "Source",
+    "Target",
     "Written",
     "open_image",
     "open_source",
@@ -28,6 +29,7 @@ _HOMES = {
     "RawSource": "snapcore.source.raw",
     "RawTarget": "snapcore.source.target",
     "Source": "snapcore.source.interface",
+    "Target": "snapcore.source.interface",
     "Written": "snapcore.source.export",
     "open_image": "snapcore.source.image",
     "open_source": "snapcore.source.raw",

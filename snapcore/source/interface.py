@@ -42,6 +42,33 @@ class Source(Protocol):
         """SourceChangedError when the content may have changed since the source was opened."""
 
 
+class Target(Protocol):
+    """A disk of a fixed size to fill. Calls may come from many threads, for ranges that do not overlap.
+
+    Attributes
+    ----------
+    fresh : bool
+        Everything in it reads as zeros still.
+    written_bytes : int
+        Bytes written or made zero so far.
+    """
+
+    fresh: bool
+    written_bytes: int
+
+    def data_extents(self) -> Extents:
+        """What of it may be other than zero."""
+
+    def read_into(self, target: memoryview, offset_bytes: int) -> None:
+        """Fill `target` with what stands there now."""
+
+    def write_data(self, data: memoryview, offset_bytes: int) -> None:
+        """Write what of `data` is not zero; the rest must be zero already."""
+
+    def write_change(self, old: memoryview, new: memoryview, offset_bytes: int) -> None:
+        """Write what of `new` differs from `old`, which is what stands there."""
+
+
 @runtime_checkable
 class BlockSource(Source, Protocol):
     """A source that digests while it reads; of any other that is done afterwards."""
