@@ -146,9 +146,10 @@ def _round(
         try:
             return _Round(context, seen, snapshots, done, hands).run(progress)
         except (DamagedError, NotFoundError) as error:
-            # What somebody else has moved or replaced since it was listed is no damage.
-            moved = isinstance(error, ReplacedError) or generations.latest_number(context.store, context.domain)
-            if not left or moved == seen.number:
+            # What somebody else has moved, merged or removed since it was listed is no damage.
+            replaced = isinstance(error, (NotFoundError, ReplacedError))
+            later = generations.latest_number(context.store, context.domain) != seen.number
+            if not left or not (replaced or later):
                 raise
             seen = generations.latest(context.store, context.domain)
             if session.wait_for_older(context.store, context.domain, seen.number, 0.0, float("inf")):
@@ -203,7 +204,7 @@ class _Round:
             domain=self._domain,
             there=self._list_packs,
         )
-        self._old_index = [name for name, _ in index.listed(self._store, self._domain) if name in whole.names]
+        self._old_index = sorted(whole.names)
         # Entries of packs that are gone: what a writer that was fenced wrote late.
         self._stale = bool(whole.away)
         self._adopted = self._adopt(whole)
