@@ -419,8 +419,8 @@ cdef bint _add_gap(
     cdef uint64_t below = 0
     if not allocation:
         return _add_extent(extents, end - start, 0)
-    if target.volume.backing != -1:
-        below = min(max(target.volume.backing_bytes, start), end)
+    if target.volume.backing.descriptor != -1:
+        below = min(max(target.volume.backing.size_bytes, start), end)
         if not _add_extent(extents, below - start if below > start else 0, 0):
             return False
         start = max(start, below)
