@@ -21,9 +21,9 @@ from snapcore.blockmap cimport ABSENT, FAN_OUT, LOST, ZERO, tree_fill, tree_look
 from snapcore.core cimport (
     BACKING_CHANGED, BACKING_READ_FAILED, BLOCK_BYTES, BLOCK_OUTSIDE, DATA_LOST, DATA_READ_FAILED, DETACHED,
     FETCH_FAILED, LIMIT_REACHED, LOG_FULL, LOST_BACKING, NO_BACKING, NOT_HERE, NOT_WRITABLE, OUT_OF_RANGE, STOPPED,
-    WOULD_WAIT, WRITE_FAILED, Backing, Core, CoreState, Operation, Trouble, VolumeState, __ATOMIC_SEQ_CST, __atomic_add_fetch, __atomic_load_n, core_lock, core_unlock, map_trouble,
-    max_blocks, medium_get, medium_pause, medium_put, medium_status, pthread_cond_broadcast, pthread_cond_wait,
-    trouble_set,
+    WOULD_WAIT, WRITE_FAILED, Backing, Core, CoreState, Operation, Trouble, VolumeState, __ATOMIC_SEQ_CST,
+    __atomic_add_fetch, __atomic_load_n, core_lock, core_unlock, map_trouble, max_blocks, medium_get, medium_pause,
+    medium_put, medium_status, pthread_cond_broadcast, pthread_cond_wait, trouble_set,
 )
 from snapcore.log cimport RECORD_BYTES, log_map, log_room
 from snapcore.pages cimport NO_MEMORY, Numbers, numbers_free, numbers_reserve, pages_trim
@@ -312,7 +312,8 @@ cdef int _write_edge(
     else:
         memset(block, 0, BLOCK_BYTES)
         result = _read_entries(
-            core, volume.backing, old, position, block, position * BLOCK_BYTES, position * BLOCK_BYTES + whole, False, trouble
+            core, volume.backing, old, position, block, position * BLOCK_BYTES, position * BLOCK_BYTES + whole, False,
+            trouble,
         )
         if result < 0:
             return result
