@@ -78,9 +78,7 @@ def make_disk_over(catalog: Catalog, name: str, size_bytes: int | None, image: s
     return _new_disk(catalog, name, _checked_size(name, size_bytes, backing.size_bytes, source), 0, backing)
 
 
-def make_lazy_disk(
-    catalog: Catalog, name: str, size_bytes: int | None, image: Backing, source: str
-) -> Prepared[int]:
+def make_lazy_disk(catalog: Catalog, name: str, size_bytes: int | None, image: Backing, source: str) -> Prepared[int]:
     """A disk over an image that fills up; `image` is what `lazy_image` said."""
     return _new_disk(catalog, name, _checked_size(name, size_bytes, image.size_bytes, source), 0, image)
 

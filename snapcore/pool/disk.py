@@ -78,9 +78,7 @@ class Owner(Protocol):
     def delete_snapshot(self, snapshot: Snapshot) -> None:
         """What `Snapshot.delete` does."""
 
-    def hydrate_disk(
-        self, disk: Disk, rate: float | None, *, wait: bool, progress: ProgressCallback | None
-    ) -> None:
+    def hydrate_disk(self, disk: Disk, rate: float | None, *, wait: bool, progress: ProgressCallback | None) -> None:
         """What `Disk.hydrate` does."""
 
     def decouple_disk(self, disk: Disk, progress: ProgressCallback | None) -> None:

@@ -53,9 +53,7 @@ def typed(failure: Failure, folder: str, what: str, backing: str = "", fetched: 
 class _Case:
     """What a message is made of."""
 
-    def __init__(
-        self, where: int, code: int, reason: str, folder: str, what: str, backing: str, fetched: str
-    ) -> None:
+    def __init__(self, where: int, code: int, reason: str, folder: str, what: str, backing: str, fetched: str) -> None:
         self.where, self.code, self.reason = where, code, reason
         self.folder, self.what, self.backing = folder, what, backing
         self.fetched = fetched or reason

@@ -21,7 +21,6 @@ from snapcore import scan
 from snapcore.digest import xxh64_blocks
 from snapcore.errors import CancelledError, Error, OutOfSpaceError, StoreError
 from snapcore.extents import gaps, merged
-from snapcore.persist import Medium
 from snapcore.pool.catalog import Backing, Region
 from snapcore.pool.files import Files
 from snapcore.presence import Presence

@@ -51,9 +51,7 @@ class Opened:
     damaged_copies: list[int]
 
 
-def open_state(
-    files: Files, cache_bytes: int, *, give_up_log: bool = False, regions: Regions | None = None
-) -> Opened:
+def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False, regions: Regions | None = None) -> Opened:
     """Bring a pool into memory; nothing is written, but for empty files of images that fill up and were lost.
 
     Parameters

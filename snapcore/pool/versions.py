@@ -15,6 +15,7 @@ import numpy.typing as npt
 from snapcore import space
 from snapcore.core import Core
 from snapcore.pool import events
+from snapcore.pool.backings import Backings, Opened
 from snapcore.pool.catalog import Catalog, DiskRecord, Group, Version
 from snapcore.volume import Volume
 
