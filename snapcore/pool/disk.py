@@ -132,7 +132,8 @@ class Readable(abc.ABC):
     def _lazy(self) -> LazyImage | None:
         """The image that it reads from, if that fills up from a region."""
         record = self._engine.catalog.versions.get(self._volume.version)
-        return None if record is None else self._engine.versions.backings.lazy(record.backing)
+        image = None if record is None else self._engine.catalog.backings.get(record.backing)
+        return None if image is None or image.region is None else self._engine.versions.backings.lazy(image.id)
 
     def _do(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call the kernel; make room and try again where that helps."""
@@ -358,7 +359,7 @@ class Disk(Readable):
 
     @property
     def origin(self) -> tuple[str, str] | None:
-        """What it was made from: "snapshot" or "disk" and its id, "image" and its path, or "region" and where. None: from nothing."""
+        """From what it was made: "snapshot" or "disk" and its id, "image" and path, "region" and where. None: nothing."""
         record = self._engine.catalog.disks[self._number]
         if record.origin_kind == "image":
             image = self._engine.catalog.backings[record.origin]
@@ -433,7 +434,7 @@ class Disk(Readable):
         self.pool.reset_disk(self)
 
     def hydration(self) -> Hydration | None:
-        """How much is here of the snapshot in a region that it was made from; None where there is nothing to fetch."""
+        """How much is here of the snapshot in a region that it reads from; None where there is none."""
         with self._engine.reading():
             image = self._lazy()
             return None if image is None else image.hydration

@@ -537,6 +537,8 @@ class Pool:
             return events.Decouple(number), [], None
 
         self._engine.change(what, prepare)
+        # From here on the log tells nothing of a region, and what says that something is here is not looked at.
+        self._engine.checkpoint()
 
     # Deleting
 
