@@ -29,6 +29,7 @@ def nbd_mount(name: str, folder: str, place: str, read_only: bool, as_json: bool
     """
     from urllib.parse import quote
 
+    from snapcore.cli import lazy
     from snapcore.cli.serving import until_told
     from snapcore.pool import Pool
     from snapcore.server.nbd import NbdServer

@@ -1,6 +1,6 @@
 """The images that absent blocks of versions are read from: users' raw images, and those of the pool's own that fill up.
 
-An image of the pool's own has a path inside of the pool's folder, and others absolute ones.
+An image of the pool's own lies in the pool's folder: its path begins there. Others have absolute ones.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class Backing(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     @property
     def is_own(self) -> bool:
-        """Whether it is the pool's: in its folder, which may move."""
-        return not self.path.startswith("/")
+        """Whether it is the pool's: in its folder, which may move. Others have absolute paths."""
+        return self.path == f"lazy/{self.id}.data"
 
 
 class Group(msgspec.Struct, forbid_unknown_fields=True):
@@ -261,7 +261,7 @@ def _check_own(backing: Backing) -> None:
     """A name that leads nowhere else, and chunks of which a bitmap can be made."""
     chunk_bytes = backing.region.chunk_bytes if backing.region is not None else MAX_CHUNK_BYTES
     if (
-        backing.path != f"lazy/{backing.id}.data"
+        not backing.is_own
         or not backing.size_bytes
         or not MIN_CHUNK_BYTES <= chunk_bytes <= MAX_CHUNK_BYTES
         or chunk_bytes & (chunk_bytes - 1)
