@@ -73,7 +73,11 @@ def serve(
         raise click.UsageError("give a pool (-p DIR) or images (--image NAME=PATH), or both")
     listeners = [] if listen else listening.activated(os.environ)
     with until_told() as told, contextlib.ExitStack() as open_:
-        pool = None if place is None else open_.enter_context(Pool.open(place, read_only=read_only, regions=lazy.open_region))
+        pool = (
+            None
+            if place is None
+            else open_.enter_context(Pool.open(place, read_only=read_only, regions=lazy.open_region))
+        )
         server = NbdServer(
             pool,
             listen=listen or (() if listeners else (listening.default_address(),)),

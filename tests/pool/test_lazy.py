@@ -226,9 +226,7 @@ def test_another_snapshot_behind_the_same_id_is_noticed(pool: Pool, regions: Reg
         again.open_disk("web").pread(1, 0)
 
 
-def test_without_regions_and_for_reading_only_there_is_what_is_here(
-    pool: Pool, regions: Regions, folder: Path
-) -> None:
+def test_without_regions_and_for_reading_only_there_is_what_is_here(pool: Pool, regions: Regions, folder: Path) -> None:
     region = regions.put("one", DATA)
     pool.create_disk("web", source=region).pread(1, 0)
     pool.close()
@@ -271,9 +269,7 @@ def test_snapshots_clones_and_rollbacks_of_a_lazy_disk_are_exact(pool: Pool, reg
     check_space(pool)
 
 
-def test_a_disk_rolls_back_to_a_snapshot_that_is_only_in_a_region(
-    pool: Pool, regions: Regions, folder: Path
-) -> None:
+def test_a_disk_rolls_back_to_a_snapshot_that_is_only_in_a_region(pool: Pool, regions: Regions, folder: Path) -> None:
     disk = pool.create_disk("web", 3 * MIB)
     disk.pwrite(b"before", 0)
     kept = disk.snapshot("kept")
