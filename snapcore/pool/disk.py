@@ -359,7 +359,7 @@ class Disk(Readable):
 
     @property
     def origin(self) -> tuple[str, str] | None:
-        """From what it was made: "snapshot" or "disk" and its id, "image" and path, "region" and where. None: nothing."""
+        """What it was made from: "snapshot" or "disk" and id, "image" and path, "region" and where. None: empty."""
         record = self._engine.catalog.disks[self._number]
         if record.origin_kind == "image":
             image = self._engine.catalog.backings[record.origin]

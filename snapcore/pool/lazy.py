@@ -38,6 +38,8 @@ _BACKGROUND_THREADS = 2
 _SAVE_PERIOD_S = 5.0
 _SAVE_BYTES = 64 << 20
 _ZERO_BYTES = 4096
+# Short enough to go through the page cache: who asked reads there next.
+_PIECE_BYTES = 512 << 10
 _TRACED = 512
 _LOOK_PERIOD_S = 0.02
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -201,7 +203,7 @@ class LazyImage:
                 return errno.ESHUTDOWN
             except OutOfSpaceError:
                 return errno.ENOSPC
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - of whatever the region's side is made of
                 return (isinstance(error, OSError) and error.errno) or errno.EIO
         return 0
 
@@ -251,7 +253,7 @@ class LazyImage:
         try:
             self._fill(window * self._window, self._window)
             self.error = ""
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to who waits
             failure = error
             if not isinstance(error, CancelledError):
                 self.error = str(error) or type(error).__name__
@@ -280,7 +282,9 @@ class LazyImage:
                 raise CancelledError("the image was closed")
             view = memoryview(data)
             for offset, length in scan.nonzero_extents(data, _ZERO_BYTES).tolist():
-                self._medium.write_at(self.descriptor, [view[offset : offset + length]], start + offset)
+                for at in range(offset, offset + length, _PIECE_BYTES):
+                    part = view[at : min(at + _PIECE_BYTES, offset + length)]
+                    self._medium.write_at(self.descriptor, [part], start + at)
             self.presence.add(first, count)
             self._unsaved_bytes += len(data)
 
@@ -415,14 +419,15 @@ class LazyImage:
                 self._fetch_all(rate_bytes_s, stop)
                 if not stop.is_set():
                     self.save()
-                return
             except CancelledError:
                 return
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it is told, and tried again
                 self.error = str(error) or type(error).__name__
                 _log.warning("hydrating from snapshot %s: %s", self.region.snapshot, self.error)
                 stop.wait(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
                 failures += 1
+            else:
+                return
 
     def _mark_zeros(self, stop: threading.Event) -> None:
         """What the snapshot's map knows to be zero need not be fetched: the file reads as zeros there."""

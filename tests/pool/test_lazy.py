@@ -162,7 +162,7 @@ def test_a_region_that_fails_gives_an_error_and_the_next_request_tries_again(poo
     disk.pread(1, 0)
     regions.failing = True
     for doing in (lambda: disk.pread(10, 4 * MIB), lambda: disk.pwrite(b"part", 4 * MIB + 1)):
-        with pytest.raises(StoreError, match="offset 4194304 could not be fetched .*one in memory:region.*reached"):
+        with pytest.raises(StoreError, match=r"offset 4194304 could not be fetched .*one in memory:region.*reached"):
             doing()
     with pytest.raises(StoreError):
         disk.discard(4 * MIB + 100, 10)
