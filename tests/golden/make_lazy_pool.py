@@ -17,7 +17,7 @@ import xxhash
 from snapcore.pool import Pool
 from tests.golden.make_pool import nobody
 from tests.support import golden_pool
-from tests.support.regions import Regions
+from tests.support.lazy_regions import Regions
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from snapcore.pool import Pool
-from tests.support.regions import Regions
+from tests.support.lazy_regions import Regions
 
 BLOCK = 4096
 MIB = 1 << 20
