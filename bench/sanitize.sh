@@ -4,6 +4,7 @@
 #
 #   bench/sanitize.sh [pytest arguments]
 #   SANITIZERS=thread bench/sanitize.sh [pytest arguments]
+#   bench/sanitize.sh --fuzz objects|pool|nbd [options of bench/fuzz/…]
 #
 # The tree is copied to a scratch folder and built there: kernels in the checkout stay as they are. What building and
 # testing need is installed there too, unless PYTHON names a Python that has it (the `test` extra). The first error
@@ -18,7 +19,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 cd "$root"
-cp -R --parents setup.py pyproject.toml README.md LICENSE src_pyx snapcore tests "$scratch"
+cp -R --parents setup.py pyproject.toml README.md LICENSE src_pyx snapcore tests bench "$scratch"
 find "$scratch/snapcore" -name '*.so' -delete
 cd "$scratch"
 
@@ -63,12 +64,20 @@ export PYTHONDONTWRITEBYTECODE=1
 # What is tested is what was built here, and it is instrumented.
 "$python" - "$scratch" <<'CHECK'
 import sys
-from snapcore import blockmap, core, digest, log, lz, pages, presence, scan, space, volume
-for kernel in (blockmap, core, digest, log, lz, pages, presence, scan, space, volume):
+from snapcore import blockmap, core, digest, log, lz, nbd, pages, presence, scan, space, volume
+for kernel in (blockmap, core, digest, log, lz, nbd, pages, presence, scan, space, volume):
     assert kernel.__file__.startswith(sys.argv[1]), f"{kernel.__file__} is not the kernel that was built"
     with open(kernel.__file__, "rb") as file:
         code = file.read()
     assert b"__asan_report" in code and b"__ubsan_handle" in code, f"{kernel.__file__} is not instrumented"
 CHECK
+
+if [ "${1:-}" = --fuzz ]; then
+    target=$2
+    shift 2
+    # A hostile length may ask for more memory than there is.
+    ASAN_OPTIONS=$ASAN_OPTIONS:allocator_may_return_null=1 PYTHONPATH=$scratch "$python" "bench/fuzz/$target.py" "$@"
+    exit
+fi
 
 "$python" -m pytest -q tests/kernels "$@"

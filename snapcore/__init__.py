@@ -18,6 +18,8 @@ from snapcore.errors import (
     Error,
     ExistsError,
     FencedError,
+    ImageError,
+    LockedError,
     MissingObjectError,
     NotFoundError,
     OutOfSpaceError,
@@ -31,11 +33,16 @@ from snapcore.errors import (
 )
 
 if TYPE_CHECKING:
+    from snapcore.keys import AwsKms, Holder, KeyFile, Passphrase
     from snapcore.pool import Disk, Pool, PoolUsage
     from snapcore.progress import Progress, ProgressCallback
     from snapcore.repository import (
+        NO_KEY,
         Collected,
         Created,
+        Key,
+        Keyring,
+        LockedSnapshot,
         Manifest,
         Repository,
         Restored,
@@ -46,11 +53,13 @@ if TYPE_CHECKING:
         Verified,
     )
     from snapcore.server import NbdServer
-    from snapcore.source import Source
+    from snapcore.source import Source, Written, open_image, send_image, write_image
     from snapcore.source.compare import diff_images
     from snapcore.store import LocalStore, MemoryStore, Store, open_store
 
 __all__ = [
+    "NO_KEY",
+    "AwsKms",
     "BusyError",
     "CancelledError",
     "Collected",
@@ -60,13 +69,21 @@ __all__ = [
     "Error",
     "ExistsError",
     "FencedError",
+    "Holder",
+    "ImageError",
+    "Key",
+    "KeyFile",
+    "Keyring",
     "LocalStore",
+    "LockedError",
+    "LockedSnapshot",
     "Manifest",
     "MemoryStore",
     "MissingObjectError",
     "NbdServer",
     "NotFoundError",
     "OutOfSpaceError",
+    "Passphrase",
     "Pool",
     "PoolUsage",
     "Progress",
@@ -87,11 +104,23 @@ __all__ = [
     "Usage",
     "UsageError",
     "Verified",
+    "Written",
     "diff_images",
+    "open_image",
     "open_store",
+    "send_image",
+    "write_image",
 ]
 
 _HOMES = {
+    "AwsKms": "snapcore.keys",
+    "Holder": "snapcore.keys",
+    "Key": "snapcore.repository",
+    "KeyFile": "snapcore.keys",
+    "Keyring": "snapcore.repository",
+    "LockedSnapshot": "snapcore.repository",
+    "NO_KEY": "snapcore.repository",
+    "Passphrase": "snapcore.keys",
     "Collected": "snapcore.repository",
     "Created": "snapcore.repository",
     "Disk": "snapcore.pool",
@@ -112,8 +141,12 @@ _HOMES = {
     "Store": "snapcore.store",
     "Usage": "snapcore.repository",
     "Verified": "snapcore.repository",
+    "Written": "snapcore.source",
     "diff_images": "snapcore.source.compare",
     "open_store": "snapcore.store",
+    "open_image": "snapcore.source",
+    "send_image": "snapcore.source",
+    "write_image": "snapcore.source",
 }
 
 

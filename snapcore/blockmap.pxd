@@ -36,10 +36,12 @@ cdef struct Runs:
     uint64_t resume
     # Walked so far: a tree in which there are more than slots is forged.
     uint64_t pages
+    # After so many it ends, so that nobody waits long for the lock; 0: it does not.
+    uint64_t slice_pages
     int width
 
 # Runs that are not absent (width 3: position, count, entry), or in which two trees differ (width 2). 1 when there are
-# more than the limit, and `resume` says where.
+# more than the limit, or pages than a slice has, and `resume` says where.
 cdef int tree_runs(Pages *pages, uint64_t root, Runs *runs) noexcept nogil
 cdef int tree_difference(Pages *pages, uint64_t a, uint64_t b, Runs *runs) noexcept nogil
 

@@ -33,12 +33,30 @@ class RefusedError(Error):
     """The request is understood and not allowed; the message says which rule forbids it."""
 
 
+class LockedError(Error):
+    """What is asked for is sealed under a key that was not given, is not the right one, or is disabled.
+
+    `key` is the id of that key, where there is one.
+    """
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[LockedError], tuple[str, str | None]]:
+        return type(self), (str(self), self.key)
+
+
 class UnsupportedFormatError(Error):
     """Stored data was written by a newer or different version than this one can read."""
 
 
 class DamagedError(Error):
     """Stored bytes do not match their checksum or id. Nothing wrong was handed out."""
+
+
+class ImageError(Error):
+    """An image file of some format contradicts itself or was cut off; nothing of what it says there was believed."""
 
 
 class MissingObjectError(DamagedError):

@@ -62,6 +62,17 @@ class Connection:
         str
             "disconnected", "vanished", "stopped", "idle", or what rule the client broke.
         """
+    def expire(self, limit_s: float) -> int:
+        """Answer EIO to what is under way for longer than this without getting on. From any thread; does not wait.
+
+        What a write that was given up may still change is refused (EIO) to all connections of this process until the
+        write has ended, so that nobody's later write is overwritten by it.
+
+        Returns
+        -------
+        int
+            How many requests were given up.
+        """
     def stop(self) -> None:
         """Take no more requests, answer those that are under way, and let `serve` return. From any thread."""
     @property

@@ -353,6 +353,14 @@ cdef int _add_run(Runs *runs, uint64_t position, uint64_t count, uint64_t entry)
     return 0
 
 
+cdef inline bint _is_slice_over(Runs *runs, uint64_t base) noexcept nogil:
+    """Whether enough pages were looked at. The pages on the way to `first` are few, so a slice gets on."""
+    if runs.slice_pages == 0 or runs.pages < runs.slice_pages or base <= runs.first:
+        return False
+    runs.resume = base
+    return True
+
+
 cdef int _walk_difference(Pages *pages, int level, uint64_t a, uint64_t b, uint64_t base, Runs *runs) noexcept nogil:
     cdef uint64_t *page_a = NULL
     cdef uint64_t *page_b = NULL
@@ -362,6 +370,8 @@ cdef int _walk_difference(Pages *pages, int level, uint64_t a, uint64_t b, uint6
     cdef int i = 0
     if a == b or base >= runs.last:
         return 0
+    if (_is_page(a) or _is_page(b)) and _is_slice_over(runs, base):
+        return 1
     if _is_page(a):
         page_a = page_at(pages, a, level)
         if page_a == NULL:
@@ -404,6 +414,8 @@ cdef int _walk_runs(Pages *pages, int level, uint64_t ref, uint64_t base, Runs *
         return 0
     if not _is_page(ref):
         return _add_run(runs, base, span * FAN_OUT, ref)
+    if _is_slice_over(runs, base):
+        return 1
     page = page_at(pages, ref, level)
     if page == NULL:
         return pages.failure

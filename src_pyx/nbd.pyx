@@ -3,11 +3,16 @@
 | request | who answers |
 | --- | --- |
 | READ of cached data, WRITE without FUA, BLOCK_STATUS | the connection's thread, at once; answers leave together |
-| everything else: it may wait for a medium | a worker of the connection |
+| everything else, and these over a file that may stall: it may wait for a medium | a worker of the connection |
 
-One thread receives. Workers are made when they are needed, eight at most. Nothing is allocated for a length that was
-not checked. Rules of the design: docs/DESIGN.md ("The NBD server").
+One thread receives. Workers are made when they are needed. Nothing is allocated for a length that was not checked.
+A request that takes too long is *given up*: answered with EIO by `expire`, while its worker still waits; what a write
+that was given up might still change is refused to everybody until it has ended. Rules of the design: docs/DESIGN.md
+("The NBD server").
 """
+
+import os
+import stat
 
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, EPERM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -32,6 +37,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t *condition, const void *attributes)
     int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
     int pthread_cond_broadcast(pthread_cond_t *condition)
+    int pthread_cond_signal(pthread_cond_t *condition)
+    int pthread_mutex_trylock(pthread_mutex_t *mutex)
     int pthread_cond_destroy(pthread_cond_t *condition)
     int pthread_create(pthread_t *thread, const void *attributes, void *(*start)(void *) noexcept nogil, void *argument)
     int pthread_join(pthread_t thread, void **result)
@@ -43,20 +50,35 @@ cdef extern from *:
     #endif
     #include <errno.h>
     #include <fcntl.h>
+    #include <stdint.h>
+    #include <string.h>
     #include <sys/socket.h>
     #include <sys/time.h>
     #include <sys/uio.h>
+    #include <time.h>
     #include <unistd.h>
+    #if defined(__linux__)
+    #include <sys/vfs.h>
+    #endif
 
     #ifndef MSG_NOSIGNAL
     #define MSG_NOSIGNAL 0
     #endif
 
-    static ssize_t snapcore_receive(int descriptor, void *data, size_t length) {
-        return recv(descriptor, data, length, 0);
+    static ssize_t snapcore_receive(int descriptor, void *data, size_t length, int all) {
+        return recv(descriptor, data, length, all ? MSG_WAITALL : 0);
     }
     static ssize_t snapcore_send(int descriptor, const void *data, size_t length) {
         return send(descriptor, data, length, MSG_NOSIGNAL);
+    }
+    static ssize_t snapcore_send_now(int descriptor, const void *data, size_t length) {
+        return send(descriptor, data, length, MSG_NOSIGNAL | MSG_DONTWAIT);
+    }
+    static void snapcore_cut_off(int descriptor) { shutdown(descriptor, SHUT_RDWR); }
+    static uint64_t snapcore_now_ns(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
     }
     static void snapcore_hang_up(int descriptor) { shutdown(descriptor, SHUT_RD); }
     static int snapcore_set_idle(int descriptor, double seconds) {
@@ -70,6 +92,17 @@ cdef extern from *:
     static int snapcore_file_punch(int descriptor, off_t offset, off_t length) {
         return fallocate(descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) ? errno : 0;
     }
+    /* File systems of this machine's own disks and memory: no network, no process stands behind them. */
+    static int snapcore_is_local(int descriptor) {
+        struct statfs found;
+        if (fstatfs(descriptor, &found))
+            return 0;
+        switch ((unsigned long) found.f_type & 0xffffffffu) {
+        case 0xef53: case 0x58465342: case 0x9123683e: case 0x01021994: case 0xf2f52010: case 0x2fc12fc1:
+            return 1;
+        }
+        return 0;
+    }
     static ssize_t snapcore_file_cached(int descriptor, void *data, size_t length, off_t offset) {
         struct iovec part = {data, length};
         return preadv2(descriptor, &part, 1, offset, RWF_NOWAIT);
@@ -77,16 +110,25 @@ cdef extern from *:
     #else
     static int snapcore_file_sync(int descriptor) { return fsync(descriptor) ? errno : 0; }
     static int snapcore_file_punch(int descriptor, off_t offset, off_t length) { return EOPNOTSUPP; }
+    static int snapcore_is_local(int descriptor) { return 0; }
     static ssize_t snapcore_file_cached(int descriptor, void *data, size_t length, off_t offset) { return -1; }
     #endif
     static off_t snapcore_next_data(int descriptor, off_t offset) { return lseek(descriptor, offset, SEEK_DATA); }
     static off_t snapcore_next_hole(int descriptor, off_t offset) { return lseek(descriptor, offset, SEEK_HOLE); }
+    /* Answers lie at any place: stored by memcpy, which is one instruction. */
+    static void snapcore_put_16(uint8_t *out, uint16_t x) { x = __builtin_bswap16(x); memcpy(out, &x, 2); }
+    static void snapcore_put_32(uint8_t *out, uint32_t x) { x = __builtin_bswap32(x); memcpy(out, &x, 4); }
+    static void snapcore_put_64(uint8_t *out, uint64_t x) { x = __builtin_bswap64(x); memcpy(out, &x, 8); }
     #define snapcore_16(x) __builtin_bswap16(x)
     #define snapcore_32(x) __builtin_bswap32(x)
     #define snapcore_64(x) __builtin_bswap64(x)
     """
-    ssize_t snapcore_receive(int descriptor, void *data, size_t length) noexcept nogil
+    ssize_t snapcore_receive(int descriptor, void *data, size_t length, int all) noexcept nogil
     ssize_t snapcore_send(int descriptor, const void *data, size_t length) noexcept nogil
+    ssize_t snapcore_send_now(int descriptor, const void *data, size_t length) noexcept nogil
+    void snapcore_cut_off(int descriptor) noexcept nogil
+    uint64_t snapcore_now_ns() noexcept nogil
+    int snapcore_is_local(int descriptor) noexcept nogil
     void snapcore_hang_up(int descriptor) noexcept nogil
     int snapcore_set_idle(int descriptor, double seconds) noexcept nogil
     int snapcore_file_sync(int descriptor) noexcept nogil
@@ -94,16 +136,21 @@ cdef extern from *:
     ssize_t snapcore_file_cached(int descriptor, void *data, size_t length, off_t offset) noexcept nogil
     off_t snapcore_next_data(int descriptor, off_t offset) noexcept nogil
     off_t snapcore_next_hole(int descriptor, off_t offset) noexcept nogil
+    void snapcore_put_16(uint8_t *out, uint16_t value) noexcept nogil
+    void snapcore_put_32(uint8_t *out, uint32_t value) noexcept nogil
+    void snapcore_put_64(uint8_t *out, uint64_t value) noexcept nogil
     uint16_t snapcore_16(uint16_t value) noexcept nogil
     uint32_t snapcore_32(uint32_t value) noexcept nogil
     uint64_t snapcore_64(uint64_t value) noexcept nogil
     uint64_t count_up "__atomic_add_fetch"(uint64_t *target, uint64_t value, int order) noexcept nogil
     uint64_t load_count "__atomic_load_n"(uint64_t *target, int order) noexcept nogil
+    void store_count "__atomic_store_n"(uint64_t *target, uint64_t value, int order) noexcept nogil
     int add_to "__atomic_add_fetch"(int *target, int value, int order) noexcept nogil
     int load_flag "__atomic_load_n"(int *target, int order) noexcept nogil
     void store_flag "__atomic_store_n"(int *target, int value, int order) noexcept nogil
     int __ATOMIC_SEQ_CST
     int EOVERFLOW
+    int ENXIO
     int ESHUTDOWN
     int EOPNOTSUPP
 
@@ -118,6 +165,15 @@ cdef enum:
     MAX_LENGTH = 1 << 25
     MAX_JOB_BYTES = 1 << 26
     MAX_EXTENTS = 1024
+    # A longer read is answered in parts: that bounds memory. Smaller parts cost the client more than they save here.
+    READ_PART_BYTES = 1 << 20
+    # A longer write is done in parts: the client sends the next one meanwhile, and what is copied is in the cache.
+    WRITE_PART_BYTES = 1 << 18
+    # Of a map, that one block status walks: then the answer is shorter than what was asked for.
+    MAX_SLICES = 64
+    SLICE_RUNS = 512
+    # As volumes have it that read from no image.
+    NO_BACKING = -1
 
 cdef enum:
     READ = 0
@@ -256,7 +312,7 @@ cdef int _write(ExportState *target, const uint8_t *data, uint64_t length, uint6
     return 0
 
 
-cdef int _write_zeros(ExportState *target, uint64_t length, uint64_t offset) noexcept nogil:
+cdef int _write_zeros(ExportState *target, uint64_t length, uint64_t offset, uint64_t *since_ns) noexcept nogil:
     """Zeros that take space."""
     cdef uint64_t part
     cdef int code
@@ -267,16 +323,17 @@ cdef int _write_zeros(ExportState *target, uint64_t length, uint64_t offset) noe
             return code
         offset += part
         length -= part
+        store_count(since_ns, snapcore_now_ns(), __ATOMIC_SEQ_CST)
     return 0
 
 
-cdef int _zero(ExportState *target, uint64_t length, uint64_t offset) noexcept nogil:
+cdef int _zero(ExportState *target, uint64_t length, uint64_t offset, uint64_t *since_ns) noexcept nogil:
     cdef Trouble trouble
     cdef int tries = 0
     cdef int code
     if target.volume == NULL:
         code = snapcore_file_punch(target.descriptor, <off_t> offset, <off_t> length)
-        return _write_zeros(target, length, offset) if code == EOPNOTSUPP else (EIO if code else 0)
+        return _write_zeros(target, length, offset, since_ns) if code == EOPNOTSUPP else (EIO if code else 0)
     while volume_zero(target.core, target.volume, length, offset, &trouble) < 0:
         if not _again(target, &trouble, &tries):
             return _error_of(&trouble)
@@ -300,18 +357,15 @@ cdef uint32_t _header(
     ConnectionState *connection, uint8_t *out, const Request *request, uint16_t kind, uint16_t flags, uint64_t length
 ) noexcept nogil:
     """A chunk's header."""
+    snapcore_put_32(out, EXTENDED_CHUNK_MAGIC if connection.extended else CHUNK_MAGIC)
+    snapcore_put_16(out + 4, flags)
+    snapcore_put_16(out + 6, kind)
+    memcpy(out + 8, &request.cookie, 8)
     if connection.extended:
-        (<uint32_t *> out)[0] = snapcore_32(EXTENDED_CHUNK_MAGIC)
-    else:
-        (<uint32_t *> out)[0] = snapcore_32(CHUNK_MAGIC)
-    (<uint16_t *> out)[2] = snapcore_16(flags)
-    (<uint16_t *> out)[3] = snapcore_16(kind)
-    (<uint64_t *> out)[1] = request.cookie
-    if connection.extended:
-        (<uint64_t *> out)[2] = snapcore_64(request.offset)
-        (<uint64_t *> out)[3] = snapcore_64(length)
+        snapcore_put_64(out + 16, request.offset)
+        snapcore_put_64(out + 24, length)
         return EXTENDED_CHUNK_BYTES
-    (<uint32_t *> out)[4] = snapcore_32(<uint32_t> length)
+    snapcore_put_32(out + 16, <uint32_t> length)
     return CHUNK_BYTES
 
 
@@ -322,32 +376,40 @@ cdef uint32_t _outcome(ConnectionState *connection, uint8_t *out, const Request 
         if code == 0:
             return _header(connection, out, request, CHUNK_NONE, CHUNK_DONE, 0)
         size_bytes = _header(connection, out, request, CHUNK_ERROR, CHUNK_DONE, 6)
-        code = <int> snapcore_32(<uint32_t> code)
-        memcpy(out + size_bytes, &code, 4)
-        memset(out + size_bytes + 4, 0, 2)
+        snapcore_put_32(out + size_bytes, <uint32_t> code)
+        snapcore_put_16(out + size_bytes + 4, 0)
         return size_bytes + 6
-    (<uint32_t *> out)[0] = snapcore_32(SIMPLE_REPLY_MAGIC)
-    (<uint32_t *> out)[1] = snapcore_32(<uint32_t> code)
-    (<uint64_t *> out)[1] = request.cookie
+    snapcore_put_32(out, SIMPLE_REPLY_MAGIC)
+    snapcore_put_32(out + 4, <uint32_t> code)
+    memcpy(out + 8, &request.cookie, 8)
     return SIMPLE_REPLY_BYTES
 
 
-cdef uint32_t _before_data(ConnectionState *connection, uint8_t *out, const Request *request) noexcept nogil:
-    """What stands before the data of a read: at most 40 bytes."""
+cdef inline uint64_t _part_of(ConnectionState *connection, const Request *request) noexcept nogil:
+    """How much of a read is answered next: all, where the answer must be one piece."""
+    cdef uint64_t left = request.length - request.done
+    if request.flags & FLAG_DF or not (connection.structured or connection.extended):
+        return left
+    return min(left, <uint64_t> READ_PART_BYTES)
+
+
+cdef uint32_t _before_data(
+    ConnectionState *connection, uint8_t *out, const Request *request, uint64_t part
+) noexcept nogil:
+    """What stands before data of a read: at most 40 bytes."""
     cdef uint32_t size_bytes
-    cdef uint64_t offset = snapcore_64(request.offset)
+    cdef uint16_t flags = CHUNK_DONE if request.done + part == request.length else 0
     if not connection.structured and not connection.extended:
         return _outcome(connection, out, request, 0)
-    size_bytes = _header(connection, out, request, CHUNK_OFFSET_DATA, CHUNK_DONE, 8 + request.length)
-    memcpy(out + size_bytes, &offset, 8)
+    size_bytes = _header(connection, out, request, CHUNK_OFFSET_DATA, flags, 8 + part)
+    snapcore_put_64(out + size_bytes, request.offset + request.done)
     return size_bytes + 8
 
 
-cdef void _send(ConnectionState *connection, const uint8_t *data, uint64_t size_bytes) noexcept nogil:
-    """Send all of it, not mixed with what others send. A client that is gone is noted."""
+cdef void _send_all(ConnectionState *connection, const uint8_t *data, uint64_t size_bytes) noexcept nogil:
+    """Send all of it, `sending` being held. A client that is gone is noted."""
     cdef uint64_t done = 0
     cdef ssize_t part
-    pthread_mutex_lock(&connection.sending)
     while done < size_bytes and not load_flag(&connection.broken, __ATOMIC_SEQ_CST):
         part = snapcore_send(connection.descriptor, data + done, size_bytes - done)
         if part < 0 and errno == EINTR:
@@ -357,34 +419,57 @@ cdef void _send(ConnectionState *connection, const uint8_t *data, uint64_t size_
             snapcore_hang_up(connection.descriptor)
             break
         done += part
+
+
+cdef bint _send_for(
+    ConnectionState *connection, Job *job, const uint8_t *data, uint64_t size_bytes, bint is_last
+) noexcept nogil:
+    """Send a part of a job's answer; False when the job was given up meanwhile, and nothing more is to be said."""
+    pthread_mutex_lock(&connection.sending)
+    if job.given_up:
+        pthread_mutex_unlock(&connection.sending)
+        return False
+    # Counted before the client can have it.
+    if is_last:
+        count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
+    _send_all(connection, data, size_bytes)
+    job.answered = is_last
     pthread_mutex_unlock(&connection.sending)
+    return True
 
 
 cdef void _send_outbox(ConnectionState *connection) noexcept nogil:
-    if connection.outbox_bytes:
-        _send(connection, connection.outbox, connection.outbox_bytes)
-        connection.outbox_bytes = 0
+    if connection.outbox.bytes:
+        pthread_mutex_lock(&connection.sending)
+        _send_all(connection, connection.outbox.data, connection.outbox.bytes)
+        pthread_mutex_unlock(&connection.sending)
+        connection.outbox.bytes = 0
+
+
+cdef uint8_t *_grown(Outbox *box, uint64_t size_bytes) noexcept nogil:
+    """Where so many bytes go; NULL without memory."""
+    cdef uint8_t *data
+    if box.bytes + size_bytes > box.capacity:
+        data = <uint8_t *> realloc(box.data, box.bytes + size_bytes)
+        if data == NULL:
+            return NULL
+        box.data = data
+        box.capacity = box.bytes + size_bytes
+    return box.data + box.bytes
 
 
 cdef uint8_t *_room(ConnectionState *connection, uint64_t size_bytes) noexcept nogil:
     """Where the next answer goes; NULL without memory."""
-    cdef uint8_t *outbox
-    if connection.outbox_bytes and connection.outbox_bytes + size_bytes > OUTBOX_BYTES:
+    if connection.outbox.bytes and connection.outbox.bytes + size_bytes > OUTBOX_BYTES:
         _send_outbox(connection)
-    if connection.outbox_bytes + size_bytes > connection.outbox_capacity:
-        outbox = <uint8_t *> realloc(connection.outbox, connection.outbox_bytes + size_bytes)
-        if outbox == NULL:
-            return NULL
-        connection.outbox = outbox
-        connection.outbox_capacity = connection.outbox_bytes + size_bytes
-    return connection.outbox + connection.outbox_bytes
+    return _grown(&connection.outbox, size_bytes)
 
 
 cdef int _answer(ConnectionState *connection, const Request *request, int code) noexcept nogil:
     cdef uint8_t *out = _room(connection, 64)
     if out == NULL:
         return NO_MEMORY_LEFT
-    connection.outbox_bytes += _outcome(connection, out, request, code)
+    connection.outbox.bytes += _outcome(connection, out, request, code)
     count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
     return GOING_ON
 
@@ -412,193 +497,335 @@ cdef bint _add_extent(Extents *extents, uint64_t length, uint64_t state) noexcep
     return True
 
 
+cdef void _add_file(int descriptor, uint64_t start, uint64_t end, Extents *extents) noexcept nogil:
+    """Data and holes of a file; what it does not tell is data."""
+    cdef uint64_t at = start
+    cdef off_t data, hole
+    while at < end:
+        data = snapcore_next_data(descriptor, <off_t> at)
+        if data < 0:
+            data = <off_t> end if errno == ENXIO else <off_t> at
+        if <uint64_t> data > at:
+            if not _add_extent(extents, min(<uint64_t> data, end) - at, STATE_HOLE | STATE_ZERO):
+                return
+            at = min(<uint64_t> data, end)
+            continue
+        hole = snapcore_next_hole(descriptor, <off_t> at)
+        if hole <= <off_t> at:
+            hole = <off_t> end
+        if not _add_extent(extents, min(<uint64_t> hole, end) - at, 0):
+            return
+        at = min(<uint64_t> hole, end)
+
+
 cdef bint _add_gap(
     ExportState *target, bint allocation, Extents *extents, uint64_t start, uint64_t end
 ) noexcept nogil:
-    """What no run tells of: the image below, or nothing."""
+    """What no run tells of: the image below, or nothing. False when there is no room."""
     cdef uint64_t below = 0
+    if start >= end:
+        return True
     if not allocation:
         return _add_extent(extents, end - start, 0)
-    if target.volume.backing.descriptor != -1:
+    if target.volume.backing.descriptor != NO_BACKING:
         below = min(max(target.volume.backing.size_bytes, start), end)
-        if not _add_extent(extents, below - start if below > start else 0, 0):
+        if target.volume.backing.presence == NULL:
+            _add_file(target.volume.backing.descriptor, start, below, extents)
+        elif below > start and not _add_extent(extents, below - start, 0):
+            # A hole of an image that fills up may be what is not here yet.
+            return False
+        if extents.count == extents.limit:
             return False
         start = max(start, below)
     return _add_extent(extents, end - start, STATE_HOLE | STATE_ZERO)
 
 
 cdef int _volume_extents(
-    ExportState *target, const Context *context, uint64_t start, uint64_t end, Runs *runs, Extents *extents
+    ExportState *target, const Context *context, uint64_t start, uint64_t end, Extents *extents
 ) noexcept nogil:
     """Extents of a range from the trees; may end before it does. Returns an NBD error, or 0."""
     cdef Pages *pages = target.core.pages
+    cdef int64_t found[3 * SLICE_RUNS]
     cdef bint allocation = context.base == NULL
     cdef uint64_t at = start
-    cdef uint64_t run_start, run_end, last, i
+    cdef uint64_t run_start, run_end, last, state, i
     cdef int64_t *run
+    cdef Runs runs
     cdef int result
-    runs.count = 0
-    runs.pages = 0
+    cdef int slices = 0
+    runs.items = found
+    runs.limit = min(<uint64_t> SLICE_RUNS, extents.limit + 1)
     runs.width = 3 if allocation else 2
-    runs.first = start // BLOCK_BYTES
     runs.last = (end + BLOCK_BYTES - 1) // BLOCK_BYTES
-    runs.resume = runs.last
-    pthread_mutex_lock(&pages.lock)
-    pages_trim(pages)
-    if not target.volume.attached or (context.base != NULL and not context.base.attached):
-        result = -1
-    elif allocation:
-        result = tree_runs(pages, target.volume.root, runs)
-    else:
-        result = tree_difference(pages, context.base.root, target.volume.root, runs)
-    pthread_mutex_unlock(&pages.lock)
-    if result < 0:
-        return EIO
-    for i in range(runs.count):
-        run = runs.items + i * runs.width
-        run_start = max(<uint64_t> run[0] * BLOCK_BYTES, start)
-        run_end = min(<uint64_t> (run[0] + run[1]) * BLOCK_BYTES, end)
-        if not _add_gap(target, allocation, extents, at, run_start):
-            return 0
-        if not allocation:
-            if not _add_extent(extents, run_end - run_start, STATE_CHANGED):
+    while at < end and slices < MAX_SLICES:
+        runs.first = at // BLOCK_BYTES
+        runs.resume = runs.last
+        runs.count = 0
+        runs.pages = 0
+        runs.slice_pages = <uint64_t> target.slice_pages[0]
+        slices += 1
+        pthread_mutex_lock(&pages.lock)
+        pages_trim(pages)
+        if not target.volume.attached or (context.base != NULL and not context.base.attached):
+            result = -1
+        elif allocation:
+            result = tree_runs(pages, target.volume.root, &runs)
+        else:
+            result = tree_difference(pages, context.base.root, target.volume.root, &runs)
+        pthread_mutex_unlock(&pages.lock)
+        if result < 0:
+            return EIO
+        for i in range(runs.count):
+            run = runs.items + i * runs.width
+            run_start = max(<uint64_t> run[0] * BLOCK_BYTES, at)
+            run_end = min(<uint64_t> (run[0] + run[1]) * BLOCK_BYTES, end)
+            if not _add_gap(target, allocation, extents, at, run_start):
                 return 0
-        elif not _add_extent(extents, run_end - run_start, STATE_HOLE | STATE_ZERO if run[2] == ZERO else 0):
-            return 0
-        at = run_end
-    last = min(runs.resume * BLOCK_BYTES, end)
-    if last > at:
-        _add_gap(target, allocation, extents, at, last)
-    return 0
-
-
-cdef int _file_extents(ExportState *target, uint64_t start, uint64_t end, Extents *extents) noexcept nogil:
-    cdef uint64_t at = start
-    cdef off_t data, hole
-    while at < end:
-        data = snapcore_next_data(target.descriptor, <off_t> at)
-        if data < 0:
-            data = <off_t> end if errno == 6 else <off_t> at
-        if <uint64_t> data > at:
-            if not _add_extent(extents, min(<uint64_t> data, end) - at, STATE_HOLE | STATE_ZERO):
+            if not allocation:
+                state = STATE_CHANGED
+            else:
+                state = STATE_HOLE | STATE_ZERO if run[2] == ZERO else 0
+            if not _add_extent(extents, run_end - run_start, state):
                 return 0
-            at = min(<uint64_t> data, end)
-            continue
-        hole = snapcore_next_hole(target.descriptor, <off_t> at)
-        if hole <= <off_t> at:
-            hole = <off_t> end
-        if not _add_extent(extents, min(<uint64_t> hole, end) - at, 0):
-            return 0
-        at = min(<uint64_t> hole, end)
+            at = run_end
+        last = min(runs.resume * BLOCK_BYTES, end)
+        if last > at:
+            if not _add_gap(target, allocation, extents, at, last):
+                return 0
+            at = last
     return 0
 
 
 cdef int _status_chunk(
-    ConnectionState *connection, const Request *request, const Context *context, bint done, Extents *extents
+    ConnectionState *connection, const Request *request, const Context *context, bint done, Extents *extents,
+    Outbox *box
 ) noexcept nogil:
     cdef uint64_t width = 16 if connection.extended else 8
     cdef uint64_t head = 8 if connection.extended else 4
-    cdef uint8_t *out = _room(connection, 64 + extents.count * width)
+    cdef uint8_t *out = _grown(box, 64 + extents.count * width)
     cdef uint16_t kind = CHUNK_BLOCK_STATUS_EXTENDED if connection.extended else CHUNK_BLOCK_STATUS
-    cdef uint32_t at, small
-    cdef uint64_t i, large
+    cdef uint32_t at
+    cdef uint64_t i
     if out == NULL:
-        return NO_MEMORY_LEFT
+        return ENOMEM
     at = _header(connection, out, request, kind, CHUNK_DONE if done else 0, head + extents.count * width)
-    small = snapcore_32(context.id)
-    memcpy(out + at, &small, 4)
+    snapcore_put_32(out + at, context.id)
     if connection.extended:
-        small = snapcore_32(<uint32_t> extents.count)
-        memcpy(out + at + 4, &small, 4)
+        snapcore_put_32(out + at + 4, <uint32_t> extents.count)
     at += <uint32_t> head
     for i in range(2 * extents.count):
         if connection.extended:
-            large = snapcore_64(extents.items[i])
-            memcpy(out + at, &large, 8)
-            at += 8
+            snapcore_put_64(out + at, extents.items[i])
         else:
-            small = snapcore_32(<uint32_t> extents.items[i])
-            memcpy(out + at, &small, 4)
-            at += 4
-    connection.outbox_bytes += at
-    return GOING_ON
+            snapcore_put_32(out + at, <uint32_t> extents.items[i])
+        at += <uint32_t> width // 2
+    box.bytes += at
+    return 0
 
 
-cdef int _block_status(ConnectionState *connection, const Request *request) noexcept nogil:
+cdef int _block_status(ConnectionState *connection, const Request *request, Outbox *box) noexcept nogil:
+    """Put the whole answer into a box. Returns an NBD error, which has to follow what is there, or 0."""
     cdef ExportState *target = connection.target
     cdef uint64_t items[2 * MAX_EXTENTS]
-    cdef int64_t found[3 * MAX_EXTENTS]
     cdef Extents extents
-    cdef Runs runs
     cdef Context *context
     cdef uint64_t end = request.offset + request.length
-    cdef int i, code, ended
+    cdef int i
+    cdef int code = 0
     for i in range(connection.context_count):
         context = &connection.contexts[i]
         extents.items = items
         extents.count = 0
         extents.limit = 1 if request.flags & FLAG_REQ_ONE else MAX_EXTENTS
-        runs.items = found
-        runs.limit = 2 if request.flags & FLAG_REQ_ONE else MAX_EXTENTS // 2
         if target.volume != NULL:
-            code = _volume_extents(target, context, request.offset, end, &runs, &extents)
+            code = _volume_extents(target, context, request.offset, end, &extents)
         else:
-            code = _file_extents(target, request.offset, end, &extents)
+            _add_file(target.descriptor, request.offset, end, &extents)
+        if code == 0:
+            code = _status_chunk(connection, request, context, i == connection.context_count - 1, &extents, box)
         if code:
-            return _answer(connection, request, code)
-        ended = _status_chunk(connection, request, context, i == connection.context_count - 1, &extents)
-        if ended:
-            return ended
-    count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
-    return GOING_ON
+            return code
+    return 0
+
+
+# What was given up and may still write
+
+cdef pthread_mutex_t _overdue_lock
+pthread_mutex_init(&_overdue_lock, NULL)
+cdef Job *_overdue = NULL
+cdef int _overdue_count = 0
+
+
+cdef bint _changes(const Request *request) noexcept nogil:
+    return request.kind in (WRITE, TRIM, WRITE_ZEROES)
+
+
+cdef void _begin_overdue(Job *job) noexcept nogil:
+    global _overdue
+    pthread_mutex_lock(&_overdue_lock)
+    job.next_overdue = _overdue
+    _overdue = job
+    add_to(&_overdue_count, 1, __ATOMIC_SEQ_CST)
+    pthread_mutex_unlock(&_overdue_lock)
+
+
+cdef void _end_overdue(Job *job) noexcept nogil:
+    cdef Job **link = &_overdue
+    pthread_mutex_lock(&_overdue_lock)
+    while link[0] != job:
+        link = &link[0].next_overdue
+    link[0] = job.next_overdue
+    add_to(&_overdue_count, -1, __ATOMIC_SEQ_CST)
+    pthread_mutex_unlock(&_overdue_lock)
+
+
+cdef bint _is_uncertain(const ExportState *target, const Request *request) noexcept nogil:
+    """Whether a write that was given up may still change what a request is about."""
+    cdef Job *job
+    cdef bint found = False
+    if load_flag(&_overdue_count, __ATOMIC_SEQ_CST) == 0:
+        return False
+    pthread_mutex_lock(&_overdue_lock)
+    job = _overdue
+    while job != NULL and not found:
+        found = (
+            job.target.id[0] == target.id[0] and job.target.id[1] == target.id[1]
+            and job.request.offset < request.offset + request.length
+            and request.offset < job.request.offset + job.request.length
+        )
+        job = job.next_overdue
+    pthread_mutex_unlock(&_overdue_lock)
+    return found
 
 
 # Workers
 
-cdef void _do_job(ConnectionState *connection, const Request *request) noexcept nogil:
-    """Do a request that may wait, and answer it."""
-    cdef ExportState *target = connection.target
-    cdef uint8_t small[64]
-    cdef uint8_t *out = small
+cdef void _read_for(ConnectionState *connection, Job *job, int *code) noexcept nogil:
+    """Answer a read part by part."""
+    cdef Request *request = &job.request
+    cdef uint64_t part = _part_of(connection, request)
+    cdef uint8_t *out = <uint8_t *> malloc(64 + part)
+    cdef uint32_t before
+    if out == NULL:
+        code[0] = ENOMEM
+        return
+    while code[0] == 0 and request.done < request.length:
+        part = _part_of(connection, request)
+        before = _before_data(connection, out, request, part)
+        code[0] = _read(connection.target, out + before, part, request.offset + request.done, False)
+        store_count(&job.since_ns, snapcore_now_ns(), __ATOMIC_SEQ_CST)
+        if code[0] == 0:
+            if not _send_for(connection, job, out, before + part, request.done + part == request.length):
+                break
+            request.done += part
+    free(out)
+
+
+cdef int _cache(ExportState *target, Job *job) noexcept nogil:
     cdef uint64_t done = 0
     cdef uint64_t part
+    cdef int code = 0
+    cdef uint8_t *data = <uint8_t *> malloc(1 << 20)
+    if data == NULL:
+        return ENOMEM
+    while done < job.request.length and code == 0:
+        part = min(job.request.length - done, <uint64_t> 1 << 20)
+        code = _read(target, data, part, job.request.offset + done, False)
+        done += part
+        store_count(&job.since_ns, snapcore_now_ns(), __ATOMIC_SEQ_CST)
+    free(data)
+    return code
+
+
+cdef void _do_job(ConnectionState *connection, Job *job) noexcept nogil:
+    """Do a request that may wait, and answer it unless it is given up."""
+    cdef ExportState *target = connection.target
+    cdef const Request *request = &job.request
+    cdef Outbox box
+    cdef uint8_t small[64]
     cdef uint32_t size_bytes
     cdef int code = 0
+    memset(&box, 0, sizeof(box))
     if request.kind == READ:
-        out = <uint8_t *> malloc(64 + request.length)
-        if out == NULL:
-            out = small
-            code = ENOMEM
-        else:
-            size_bytes = _before_data(connection, out, request)
-            code = _read(target, out + size_bytes, request.length, request.offset, False)
-            if code == 0:
-                count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
-                _send(connection, out, size_bytes + request.length)
-                free(out)
-                return
+        _read_for(connection, job, &code)
+        if code == 0:
+            return
+    elif request.kind == BLOCK_STATUS:
+        code = _block_status(connection, request, &box)
+        if box.bytes:
+            _send_for(connection, job, box.data, box.bytes, code == 0)
+        free(box.data)
+        if code == 0:
+            return
     elif request.kind == CACHE:
-        out = <uint8_t *> malloc(1 << 20)
-        if out == NULL:
-            out = small
-            code = ENOMEM
-        while done < request.length and code == 0:
-            part = min(request.length - done, <uint64_t> 1 << 20)
-            code = _read(target, out, part, request.offset + done, False)
-            done += part
+        code = _cache(target, job)
+    elif request.kind == WRITE and job.data != NULL:
+        code = _write(target, job.data, request.length, request.offset)
     elif request.kind in (TRIM, WRITE_ZEROES):
         if request.flags & FLAG_NO_HOLE and request.kind == WRITE_ZEROES:
-            code = _write_zeros(target, request.length, request.offset)
+            code = _write_zeros(target, request.length, request.offset, &job.since_ns)
         else:
-            code = _zero(target, request.length, request.offset)
-    # A write has its data already: what is left of it is FUA.
-    if code == 0 and (request.kind == FLUSH or request.flags & FLAG_FUA):
+            code = _zero(target, request.length, request.offset, &job.since_ns)
+    # A write whose data is not here is written already: what is left of it is FUA.
+    if code == 0 and (request.kind == FLUSH or (request.flags & FLAG_FUA and _changes(request))):
+        store_count(&job.since_ns, snapcore_now_ns(), __ATOMIC_SEQ_CST)
         code = _flush(target)
     size_bytes = _outcome(connection, small, request, code)
-    count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
-    _send(connection, small, size_bytes)
-    if out != small:
-        free(out)
+    _send_for(connection, job, small, size_bytes, True)
+
+
+cdef uint64_t _memory_of(ConnectionState *connection, const Job *job) noexcept nogil:
+    if job.data != NULL:
+        return job.request.length
+    return _part_of(connection, &job.request) if job.request.kind == READ else 0
+
+
+cdef void _begin_job(ConnectionState *connection, Job *job) noexcept nogil:
+    """Put a job among those under way, and into the queue."""
+    job.after = connection.under_way
+    job.before = NULL
+    if connection.under_way != NULL:
+        connection.under_way.before = job
+    connection.under_way = job
+    if connection.first == NULL:
+        connection.first = job
+    else:
+        connection.last.next = job
+    connection.last = job
+    connection.queued += 1
+    add_to(&connection.jobs, 1, __ATOMIC_SEQ_CST)
+    connection.job_bytes += job.memory_bytes
+
+
+cdef void _end_job(ConnectionState *connection, Job *job) noexcept nogil:
+    """A job that is in no queue any more."""
+    if job.before == NULL:
+        connection.under_way = job.after
+    else:
+        job.before.after = job.after
+    if job.after != NULL:
+        job.after.before = job.before
+    if job.given_up:
+        connection.given_up -= 1
+        connection.given_up_bytes -= job.memory_bytes
+        if job.running and _changes(&job.request):
+            _end_overdue(job)
+    else:
+        add_to(&connection.jobs, -1, __ATOMIC_SEQ_CST)
+    connection.job_bytes -= job.memory_bytes
+    free(job.data)
+    free(job)
+    pthread_cond_broadcast(&connection.ended)
+
+
+cdef Job *_take_job(ConnectionState *connection) noexcept nogil:
+    """The next one that waits; NULL when there is none."""
+    cdef Job *job = connection.first
+    if job != NULL:
+        connection.first = job.next
+        connection.queued -= 1
+        job.running = 1
+    return job
 
 
 cdef void *_work(void *argument) noexcept nogil:
@@ -608,66 +835,142 @@ cdef void *_work(void *argument) noexcept nogil:
     while True:
         while connection.first == NULL and not connection.closing:
             connection.idle_workers += 1
-            pthread_cond_wait(&connection.changed, &connection.lock)
+            pthread_cond_wait(&connection.work, &connection.lock)
             connection.idle_workers -= 1
-        job = connection.first
+        job = _take_job(connection)
         if job == NULL:
             break
-        connection.first = job.next
         pthread_mutex_unlock(&connection.lock)
-        _do_job(connection, &job.request)
+        _do_job(connection, job)
         pthread_mutex_lock(&connection.lock)
-        add_to(&connection.jobs, -1, __ATOMIC_SEQ_CST)
-        connection.job_bytes -= _memory_of(&job.request)
-        free(job)
-        pthread_cond_broadcast(&connection.changed)
+        _end_job(connection, job)
     pthread_mutex_unlock(&connection.lock)
     return NULL
 
 
-cdef uint64_t _memory_of(const Request *request) noexcept nogil:
-    return request.length if request.kind == READ else 0
+cdef bint _is_full(ConnectionState *connection, uint64_t memory_bytes) noexcept nogil:
+    return connection.jobs >= MAX_JOBS or (
+        connection.jobs and connection.job_bytes + memory_bytes > MAX_JOB_BYTES
+    )
 
 
-cdef int _hand_over(ConnectionState *connection, const Request *request) noexcept nogil:
-    """Give a request to a worker; waits while there are too many."""
-    cdef Job *job = <Job *> malloc(sizeof(Job))
+cdef bint _is_stuck(ConnectionState *connection, uint64_t memory_bytes) noexcept nogil:
+    """Whether what was given up leaves neither a worker nor memory."""
+    return connection.given_up >= MAX_WORKERS or (
+        connection.given_up and connection.given_up_bytes + memory_bytes > MAX_JOB_BYTES
+    )
+
+
+cdef int _hand_over(ConnectionState *connection, const Request *request, uint8_t *data) noexcept nogil:
+    """Give a request, and the data of a write, to a worker; waits while there are too many."""
+    cdef Job *job = <Job *> calloc(1, sizeof(Job))
+    cdef uint64_t memory_bytes
     if job == NULL:
+        free(data)
         return _answer(connection, request, ENOMEM)
     job.request = request[0]
-    job.next = NULL
+    job.data = data
+    job.target = connection.target
+    job.memory_bytes = memory_bytes = _memory_of(connection, job)
     pthread_mutex_lock(&connection.lock)
-    while connection.jobs >= MAX_JOBS or (
-        connection.jobs and connection.job_bytes + _memory_of(request) > MAX_JOB_BYTES
-    ):
+    while _is_full(connection, memory_bytes) and not _is_stuck(connection, memory_bytes):
         pthread_mutex_unlock(&connection.lock)
         _send_outbox(connection)
         pthread_mutex_lock(&connection.lock)
-        if connection.jobs >= MAX_JOBS or connection.job_bytes + _memory_of(request) > MAX_JOB_BYTES:
-            pthread_cond_wait(&connection.changed, &connection.lock)
-    if connection.first == NULL:
-        connection.first = job
-    else:
-        connection.last.next = job
-    connection.last = job
-    add_to(&connection.jobs, 1, __ATOMIC_SEQ_CST)
-    connection.job_bytes += _memory_of(request)
-    if connection.idle_workers == 0 and connection.worker_count < MAX_WORKERS:
+        if _is_full(connection, memory_bytes) and not _is_stuck(connection, memory_bytes):
+            pthread_cond_wait(&connection.ended, &connection.lock)
+    if _is_stuck(connection, memory_bytes):
+        pthread_mutex_unlock(&connection.lock)
+        free(data)
+        free(job)
+        return _answer(connection, request, EIO)
+    job.since_ns = snapcore_now_ns()
+    _begin_job(connection, job)
+    if connection.idle_workers < connection.queued and connection.worker_count < MAX_WORKERS:
         if pthread_create(&connection.workers[connection.worker_count], NULL, _work, connection) == 0:
             connection.worker_count += 1
     if connection.worker_count == 0:
         # Without a thread it is done here.
-        connection.first = connection.last = NULL
-        connection.jobs = 0
-        connection.job_bytes = 0
+        _take_job(connection)
         pthread_mutex_unlock(&connection.lock)
         _send_outbox(connection)
-        _do_job(connection, &job.request)
-        free(job)
-        return GOING_ON
-    pthread_cond_broadcast(&connection.changed)
+        _do_job(connection, job)
+        pthread_mutex_lock(&connection.lock)
+        _end_job(connection, job)
+    else:
+        pthread_cond_signal(&connection.work)
     pthread_mutex_unlock(&connection.lock)
     return GOING_ON
+
+
+cdef bint _give_up(ConnectionState *connection, Job *job) noexcept nogil:
+    """Answer a job with EIO in its worker's place; False when it is not to be, or not now."""
+    cdef uint8_t small[64]
+    cdef uint32_t size_bytes
+    cdef ssize_t part
+    if pthread_mutex_trylock(&connection.sending):
+        return False
+    if job.answered or job.given_up:
+        pthread_mutex_unlock(&connection.sending)
+        return False
+    # Before the client hears of it: from then on it may ask for the same place again.
+    if job.running and _changes(&job.request):
+        _begin_overdue(job)
+    job.given_up = 1
+    if not load_flag(&connection.broken, __ATOMIC_SEQ_CST):
+        size_bytes = _outcome(connection, small, &job.request, EIO)
+        part = snapcore_send_now(connection.descriptor, small, size_bytes)
+        if part < 0 and errno in (EAGAIN, EINTR):
+            # The client does not take its answers: it is not waiting for this one.
+            job.given_up = 0
+            if job.running and _changes(&job.request):
+                _end_overdue(job)
+        elif part < <ssize_t> size_bytes:
+            store_flag(&connection.broken, 1, __ATOMIC_SEQ_CST)
+            snapcore_hang_up(connection.descriptor)
+    pthread_mutex_unlock(&connection.sending)
+    return job.given_up
+
+
+cdef void _drop_from_queue(ConnectionState *connection, Job *job) noexcept nogil:
+    cdef Job *before = connection.first
+    if before == job:
+        connection.first = job.next
+    else:
+        while before.next != job:
+            before = before.next
+        before.next = job.next
+        if connection.last == job:
+            connection.last = before
+    connection.queued -= 1
+
+
+cdef int _expire(ConnectionState *connection, uint64_t limit_ns) noexcept nogil:
+    """Give up what is under way for longer. Returns how many."""
+    cdef uint64_t now_ns = snapcore_now_ns()
+    cdef uint64_t since_ns
+    cdef Job *job
+    cdef Job *after
+    cdef int count = 0
+    pthread_mutex_lock(&connection.lock)
+    job = connection.under_way
+    while job != NULL:
+        after = job.after
+        since_ns = load_count(&job.since_ns, __ATOMIC_SEQ_CST)
+        if now_ns > since_ns and now_ns - since_ns >= limit_ns and _give_up(connection, job):
+            count += 1
+            count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
+            add_to(&connection.jobs, -1, __ATOMIC_SEQ_CST)
+            connection.given_up += 1
+            connection.given_up_bytes += job.memory_bytes
+            if not job.running:
+                _drop_from_queue(connection, job)
+                _end_job(connection, job)
+        job = after
+    if count:
+        pthread_cond_broadcast(&connection.ended)
+    pthread_mutex_unlock(&connection.lock)
+    return count
 
 
 # Requests
@@ -679,7 +982,7 @@ cdef int _receive(
     cdef ssize_t part
     got[0] = 0
     while got[0] < least:
-        part = snapcore_receive(connection.descriptor, data + got[0], most - got[0])
+        part = snapcore_receive(connection.descriptor, data + got[0], most - got[0], least == most)
         if part < 0:
             if errno == EINTR:
                 continue
@@ -738,74 +1041,161 @@ cdef int _payload(ConnectionState *connection, uint64_t length, const uint8_t **
     return GOING_ON
 
 
-cdef int _read_request(ConnectionState *connection, const Request *request) noexcept nogil:
+cdef int _read_request(ConnectionState *connection, Request *request) noexcept nogil:
     cdef uint8_t *out
     cdef uint32_t before
+    cdef uint64_t part
     cdef int code
     if request.length > MAX_LENGTH:
         return _answer(connection, request, EOVERFLOW if request.flags & FLAG_DF else EINVAL)
-    out = _room(connection, 64 + request.length)
-    if out == NULL:
+    while True:
+        part = _part_of(connection, request)
+        out = _room(connection, 64 + part)
+        if out == NULL:
+            return _answer(connection, request, ENOMEM)
+        before = _before_data(connection, out, request, part)
+        code = _read(connection.target, out + before, part, request.offset + request.done, True)
+        if code < 0:
+            return _hand_over(connection, request, NULL)
+        if code:
+            return _answer(connection, request, code)
+        connection.outbox.bytes += before + part
+        request.done += part
+        if request.done == request.length:
+            count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
+            return GOING_ON
+        _send_outbox(connection)
+
+
+cdef uint8_t *_taken(ConnectionState *connection, const uint8_t *data, uint64_t length) noexcept nogil:
+    """The data of a write, for a job to keep; NULL without memory."""
+    cdef uint8_t *copy
+    if data == connection.payload:
+        copy = connection.payload
+        connection.payload = NULL
+        connection.payload_capacity = 0
+        return copy
+    copy = <uint8_t *> malloc(length)
+    if copy != NULL:
+        memcpy(copy, data, length)
+    return copy
+
+
+cdef bint _may_stall(const ExportState *target, uint64_t offset, uint64_t length) noexcept nogil:
+    """Whether a write may wait for more than room in the page cache."""
+    if target.volume == NULL:
+        return not target.quick
+    # The rest of a block comes from the image below.
+    return target.volume.backing.descriptor != NO_BACKING and (offset % BLOCK_BYTES or length % BLOCK_BYTES)
+
+
+cdef int _write_later(ConnectionState *connection, const Request *request) noexcept nogil:
+    """Take the data of a write and give both to a worker."""
+    cdef const uint8_t *data = NULL
+    cdef uint8_t *kept
+    cdef int ended = _payload(connection, request.length, &data)
+    if ended:
+        return ended
+    kept = _taken(connection, data, request.length)
+    if kept == NULL:
         return _answer(connection, request, ENOMEM)
-    before = _before_data(connection, out, request)
-    code = _read(connection.target, out + before, request.length, request.offset, True)
-    if code < 0:
-        return _hand_over(connection, request)
+    return _hand_over(connection, request, kept)
+
+
+cdef int _write_request(ConnectionState *connection, const Request *request, int code) noexcept nogil:
+    """Write, or refuse with a code; in either case the data comes first."""
+    cdef const uint8_t *data = NULL
+    cdef uint64_t done = 0
+    cdef uint64_t part
+    cdef int ended
+    if request.length > MAX_LENGTH:
+        return TOO_LONG
+    if code == 0 and _may_stall(connection.target, request.offset, request.length):
+        return _write_later(connection, request)
+    while done < request.length:
+        part = min(request.length - done, <uint64_t> WRITE_PART_BYTES)
+        ended = _payload(connection, part, &data)
+        if ended:
+            return ended
+        if code == 0:
+            code = _write(connection.target, data, part, request.offset + done)
+        done += part
+    if code == 0 and request.flags & FLAG_FUA:
+        return _hand_over(connection, request, NULL)
+    return _answer(connection, request, code)
+
+
+cdef int _status_request(ConnectionState *connection, const Request *request) noexcept nogil:
+    cdef ExportState *target = connection.target
+    cdef int code
+    if connection.context_count == 0:
+        return _answer(connection, request, EINVAL)
+    if target.volume.backing.descriptor != NO_BACKING if target.volume != NULL else not target.quick:
+        return _hand_over(connection, request, NULL)
+    if connection.outbox.bytes > OUTBOX_BYTES // 2:
+        _send_outbox(connection)
+    code = _block_status(connection, request, &connection.outbox)
     if code:
         return _answer(connection, request, code)
-    connection.outbox_bytes += before + request.length
     count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
     return GOING_ON
 
 
-cdef int _write_request(ConnectionState *connection, const Request *request, bint inside) noexcept nogil:
-    cdef const uint8_t *data = NULL
-    cdef int ended, code
-    if request.length > MAX_LENGTH:
-        return TOO_LONG
-    ended = _payload(connection, request.length, &data)
-    if ended:
-        return ended
-    if not connection.target.writable:
-        return _answer(connection, request, EPERM)
-    if not inside:
-        return _answer(connection, request, ENOSPC)
-    code = _write(connection.target, data, request.length, request.offset)
-    if code == 0 and request.flags & FLAG_FUA:
-        return _hand_over(connection, request)
-    return _answer(connection, request, code)
+cdef uint16_t _known_flags(ConnectionState *connection, const Request *request) noexcept nogil:
+    """Those that mean something with a command. FUA is legal with all, and means something where there is a write."""
+    if request.kind == READ and connection.structured:
+        return FLAG_FUA | FLAG_DF
+    if request.kind == WRITE and connection.extended:
+        return FLAG_FUA | FLAG_PAYLOAD
+    if request.kind == WRITE_ZEROES and connection.target.volume != NULL:
+        return FLAG_FUA | FLAG_NO_HOLE | FLAG_FAST_ZERO
+    if request.kind == WRITE_ZEROES:
+        # A file system may have to write: fast zeros are not announced.
+        return FLAG_FUA | FLAG_NO_HOLE
+    if request.kind == BLOCK_STATUS:
+        return FLAG_FUA | FLAG_REQ_ONE
+    return FLAG_FUA
 
 
-cdef int _one_request(ConnectionState *connection, const Request *request) noexcept nogil:
+cdef int _refusal(ConnectionState *connection, const Request *request) noexcept nogil:
+    """The NBD error of what cannot be, or 0."""
     cdef ExportState *target = connection.target
     cdef uint64_t size_bytes = target.size_bytes
-    cdef bint inside
+    if request.flags & ~_known_flags(connection, request) or request.kind > BLOCK_STATUS:
+        return EINVAL
+    if request.kind == FLUSH:
+        return 0
+    if _changes(request) and not target.writable:
+        return EPERM
     if target.volume != NULL:
         size_bytes = load_count(&target.volume.size_bytes, __ATOMIC_SEQ_CST)
-    inside = request.length and request.offset <= size_bytes and request.length <= size_bytes - request.offset
-    if request.kind == WRITE:
-        return _write_request(connection, request, inside)
-    if request.flags & FLAG_PAYLOAD:
-        return BAD_PAYLOAD
+    if request.length == 0 and request.kind != WRITE:
+        return EINVAL
+    if request.length == 0 or request.offset > size_bytes or request.length > size_bytes - request.offset:
+        return ENOSPC if request.kind in (WRITE, WRITE_ZEROES) else EINVAL
+    if _is_uncertain(target, request):
+        return EIO
+    return 0
+
+
+cdef int _one_request(ConnectionState *connection, Request *request) noexcept nogil:
+    cdef int code
     if request.kind == DISCONNECT:
         return DISCONNECTED
-    if request.kind == FLUSH:
-        return _hand_over(connection, request)
-    if request.kind not in (READ, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS):
-        return _answer(connection, request, EINVAL)
-    if not target.writable and request.kind in (TRIM, WRITE_ZEROES):
-        return _answer(connection, request, EPERM)
-    if not inside:
-        return _answer(connection, request, ENOSPC if request.kind == WRITE_ZEROES and request.length else EINVAL)
+    code = _refusal(connection, request)
+    if request.kind == WRITE:
+        return _write_request(connection, request, code)
+    if request.flags & FLAG_PAYLOAD and connection.extended:
+        return BAD_PAYLOAD
+    if code:
+        return _answer(connection, request, code)
     if request.kind == READ:
         return _read_request(connection, request)
     if request.kind == BLOCK_STATUS:
-        if connection.context_count == 0:
-            return _answer(connection, request, EINVAL)
-        return _block_status(connection, request)
+        return _status_request(connection, request)
     if request.kind == WRITE_ZEROES and request.flags & FLAG_FAST_ZERO and request.flags & FLAG_NO_HOLE:
         return _answer(connection, request, EOPNOTSUPP)
-    return _hand_over(connection, request)
+    return _hand_over(connection, request, NULL)
 
 
 cdef int _serve(ConnectionState *connection) noexcept nogil:
@@ -840,6 +1230,7 @@ cdef int _serve(ConnectionState *connection) noexcept nogil:
         request.flags = snapcore_16(request.flags)
         request.kind = snapcore_16(request.kind)
         request.offset = snapcore_64(request.offset)
+        request.done = 0
         connection.inbox_start += head_bytes
         ended = _one_request(connection, &request)
         if ended:
@@ -847,16 +1238,22 @@ cdef int _serve(ConnectionState *connection) noexcept nogil:
 
 
 cdef void _finish(ConnectionState *connection) noexcept nogil:
-    """Let workers end what they have, and send what is left."""
+    """Let workers end what they have, and send what is left. Who waits for what was given up hears the end first."""
     cdef int i
+    cdef bint is_cut = False
+    _send_outbox(connection)
     pthread_mutex_lock(&connection.lock)
     connection.closing = 1
-    pthread_cond_broadcast(&connection.changed)
+    pthread_cond_broadcast(&connection.work)
+    while connection.under_way != NULL:
+        if connection.jobs == 0 and not is_cut:
+            snapcore_cut_off(connection.descriptor)
+            is_cut = True
+        pthread_cond_wait(&connection.ended, &connection.lock)
     pthread_mutex_unlock(&connection.lock)
     for i in range(connection.worker_count):
         pthread_join(connection.workers[i], NULL)
     connection.worker_count = 0
-    _send_outbox(connection)
 
 
 # Python
@@ -872,7 +1269,16 @@ cdef class Export:
             raise MemoryError
         if volume is not None:
             self.target.core = volume.core.core
+            self.target.slice_pages = &volume.core.page_file.slice_pages
             self.target.volume = volume.volume
+            self.target.id[0] = <uint64_t> <size_t> <void *> volume.volume
+        else:
+            status = os.fstat(descriptor)
+            is_device = stat.S_ISBLK(status.st_mode)
+            self.target.id[0] = status.st_rdev if is_device else status.st_dev
+            # The number of a device and that of a file system's device do not meet.
+            self.target.id[1] = 0 if is_device else status.st_ino
+            self.target.quick = snapcore_is_local(descriptor) and not is_device
         self.target.descriptor = descriptor
         self.target.size_bytes = size_bytes
         self.target.writable = writable
@@ -899,7 +1305,8 @@ cdef class Connection:
             raise MemoryError
         pthread_mutex_init(&connection.lock, NULL)
         pthread_mutex_init(&connection.sending, NULL)
-        pthread_cond_init(&connection.changed, NULL)
+        pthread_cond_init(&connection.work, NULL)
+        pthread_cond_init(&connection.ended, NULL)
         connection.descriptor = descriptor
         connection.target = export.target
         connection.structured = structured
@@ -922,9 +1329,10 @@ cdef class Connection:
         if self.connection == NULL:
             return
         free(self.connection.inbox)
-        free(self.connection.outbox)
+        free(self.connection.outbox.data)
         free(self.connection.payload)
-        pthread_cond_destroy(&self.connection.changed)
+        pthread_cond_destroy(&self.connection.ended)
+        pthread_cond_destroy(&self.connection.work)
         pthread_mutex_destroy(&self.connection.sending)
         pthread_mutex_destroy(&self.connection.lock)
         free(self.connection)
@@ -935,6 +1343,16 @@ cdef class Connection:
             ended = _serve(self.connection)
             _finish(self.connection)
         return _REASONS[ended]
+
+    def expire(self, double limit_s):
+        cdef uint64_t limit_ns
+        cdef int count
+        if not 0 <= limit_s < 1e9:
+            raise ValueError("limit_s is a number of seconds")
+        limit_ns = <uint64_t> (limit_s * 1e9)
+        with nogil:
+            count = _expire(self.connection, limit_ns)
+        return count
 
     def stop(self):
         store_flag(&self.connection.stopping, 1, __ATOMIC_SEQ_CST)

@@ -13,17 +13,12 @@ named by seed and iteration, from which `--only` makes it again. Exit status 1 w
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import sys
 import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +28,7 @@ from unittest import mock
 import lz4.block
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 if "--atheris" in sys.argv:
@@ -41,6 +37,8 @@ if "--atheris" in sys.argv:
     with atheris.instrument_imports(include=["snapcore"]):
         import snapcore.repository  # noqa: F401 - what is imported here counts its branches from now on
 
+import frame
+
 from snapcore import Error, Repository
 from snapcore.repository import envelope, table
 from snapcore.repository.record import RecordKind
@@ -48,7 +46,6 @@ from tests.support import forge
 from tests.support.forge import Objects
 from tests.support.small import Bytes, Careless, Small, changed_pages, make_small
 
-_LIMIT_S = 20
 _NUMBERS = (0, 1, 2, 31, 63, 64, 127, 128, 129, 255, 4095, 4096, 4097, 65536, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 _WIDE = (*_NUMBERS, 1 << 32, 1 << 40, 1 << 60, (1 << 60) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 _MEMBERS: tuple[Any, ...] = (
@@ -57,10 +54,6 @@ _MEMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 
 Mutation = Callable[[Objects, random.Random, Small], None]
-
-
-class TooSlowError(BaseException):
-    """An iteration took too long."""
 
 
 def pick(objects: Objects, dice: random.Random, folder: str = "") -> str | None:
@@ -551,47 +544,6 @@ def iteration(smalls: list[Small], dice: random.Random, folder: Path) -> Counter
     return trial.errors
 
 
-def too_slow(*_: object) -> None:
-    raise TooSlowError(f"took longer than {_LIMIT_S} s of processor time or {_LIMIT_S * 10} s")
-
-
-def run(seconds: float, seed: int, only: int | None, folder: Path) -> int:
-    """Iterations until the time is over. Returns the number of findings."""
-    smalls = make_repositories(seed, folder.parent)
-    signal.signal(signal.SIGALRM, too_slow)
-    signal.signal(signal.SIGPROF, too_slow)
-    total: Counter[str] = Counter()
-    findings: Counter[str] = Counter()
-    started = time.monotonic()
-    number = first = only if only is not None else 0
-    while time.monotonic() - started < seconds and (only is None or number == only):
-        dice = random.Random(f"{seed}:{number}")
-        signal.setitimer(signal.ITIMER_PROF, _LIMIT_S)
-        signal.alarm(_LIMIT_S * 10)
-        try:
-            total += iteration(smalls, dice, folder)
-        except (Exception, TooSlowError) as error:  # noqa: BLE001 - whatever comes out is the finding
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            sign = f"{type(error).__name__} in {Path(last.filename).name}:{last.name}"
-            findings[sign] += 1
-            if findings[sign] == 1 or only is not None:
-                print(f"FINDING seed {seed} iteration {number}: {sign}", flush=True)
-                traceback.print_exc(limit=-8)
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.alarm(0)
-        number += 1
-    took_s = time.monotonic() - started
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{number - first} iterations, {sum(total.values())} operations in {took_s:.0f} s, peak {peak_mib} MiB")
-    for sign, count in sorted(total.items()):
-        print(f"  {count:8} {sign}")
-    print(f"{sum(findings.values())} findings of {len(findings)} kinds")
-    for sign, count in findings.most_common():
-        print(f"  {count:8} {sign}")
-    return sum(findings.values())
-
-
 def run_atheris(arguments: list[str], folder: Path) -> None:
     """Guided by coverage: the bytes of the input are the seed of an iteration's mutations."""
     smalls = make_repositories(1, folder.parent)
@@ -604,10 +556,7 @@ def run_atheris(arguments: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", type=int, help="run this iteration alone")
+    parser = frame.parser(__doc__)
     parser.add_argument("--atheris", action="store_true", help="guided by coverage; further arguments are libFuzzer's")
     options, rest = parser.parse_known_args()
     folder = Path(tempfile.mkdtemp(prefix="snapcore-fuzz-"))
@@ -617,7 +566,9 @@ def main() -> None:
     try:
         if options.atheris:
             run_atheris(rest, targets)
-        elif run(options.seconds, options.seed, options.only, targets):
+            return
+        smalls = make_repositories(options.seed, folder)
+        if frame.run(lambda dice: iteration(smalls, dice, targets), options):
             sys.exit(1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snapcore.cli import output
+from snapcore.cli import images, output
 
 if TYPE_CHECKING:
     from snapcore.pool import Disk
@@ -275,18 +275,31 @@ def extents(name: str, place: str, as_json: bool) -> None:
 @output.pool_option
 @click.option("--name", required=True, help="Of the new disk.")
 @click.option("--size", type=output.Size(), help="If the disk shall be longer than the image.")
-@click.option("--allow-changing", is_flag=True, help="Accept an image that is written meanwhile.")
+@images.read_format_option
+@images.backing_option
+@click.option("--allow-changing", is_flag=True, help="Accept a raw image that is written meanwhile.")
 @output.json_option
-def import_(image: str, place: str, name: str, size: int | None, allow_changing: bool, as_json: bool) -> None:
-    """Copy IMAGE, a raw file or block device, into a new disk."""
+def import_(
+    image: str,
+    place: str,
+    name: str,
+    size: int | None,
+    read_format: str | None,
+    backing_folders: tuple[str, ...],
+    allow_changing: bool,
+    as_json: bool,
+) -> None:
+    """Copy IMAGE, a file (raw, qcow2, VHD, VHDX or VMDK) or a block device, into a new disk."""
     from snapcore import extents
     from snapcore.cli import pooled
     from snapcore.pool import Pool
+    from snapcore.source import open_image
 
     started = time.monotonic()
     with Pool.open(place) as found:
-        with output.bar() as progress:
-            made = found.import_image(name, image, size_bytes=size, allow_changing=allow_changing, progress=progress)
+        with open_image(image, read_format, backing_folders=backing_folders, allow_changing=allow_changing) as source:
+            with output.bar() as progress:
+                made = found.import_image(name, source, size_bytes=size, progress=progress)
         mapped = extents.total_bytes(made.extents().allocated)
         spent = time.monotonic() - started
         facts = pooled.disk_facts(made) | {"mapped_bytes": mapped, "duration_s": round(spent, 6)}
@@ -299,14 +312,34 @@ def import_(image: str, place: str, name: str, size: int | None, allow_changing:
 @click.argument("target", type=click.Path())
 @output.pool_option
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
+@images.written_format_option
+@images.packing_option
 @output.json_option
-def export(name: str, target: str, place: str, in_place: bool, as_json: bool) -> None:
-    """Copy disk or snapshot NAME to TARGET, a new file, or with --in-place an existing file or block device."""
+def export(
+    name: str,
+    target: str,
+    place: str,
+    in_place: bool,
+    written_format: str,
+    packing: str | None,
+    as_json: bool,
+) -> None:
+    """Copy disk or snapshot NAME to TARGET, a new file, or with --in-place an existing file or block device.
+
+    "-" is standard output: for raw, vhd and vmdk.
+    """
+    as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     from snapcore.cli import pooled
     from snapcore.pool import Pool
 
     with Pool.open(place, read_only=True) as found:
         wanted = pooled.find(found, name)
+        if as_image:
+            with output.bar() as progress:
+                written = images.write(wanted, target, written_format, packing, place, progress)
+            named: dict[str, object] = {"id": wanted.id, "name": wanted.name, "target": target}
+            images.say_written(written, named, "exported", as_json=as_json)
+            return
         with output.bar() as progress:
             done = wanted.export(target, in_place=in_place, progress=progress)
         facts: dict[str, object] = {"id": wanted.id, "name": wanted.name, "target": target}

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import click
 
-from snapcore.cli import output
+from snapcore.cli import images, output
+from snapcore.cli.unlocking import Unlocking, key_options
 
 
 @click.command()
 @click.argument("snapshot")
 @click.argument("target", type=click.Path())
 @output.repository_option
+@key_options
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
 @click.option("--allow-damaged", is_flag=True, help="Write zeros where the repository is damaged, and list them.")
+@images.written_format_option
+@images.packing_option
 @output.json_option
-def restore(snapshot: str, target: str, place: str, in_place: bool, allow_damaged: bool, as_json: bool) -> None:
-    """Write SNAPSHOT to TARGET, a new file, or with --in-place an existing file or block device."""
-    from snapcore.repository import Repository
+def restore(
+    snapshot: str,
+    target: str,
+    place: str,
+    keys: Unlocking,
+    in_place: bool,
+    allow_damaged: bool,
+    written_format: str,
+    packing: str | None,
+    as_json: bool,
+) -> None:
+    """Write SNAPSHOT to TARGET, a new file, or with --in-place an existing file or block device.
 
-    found = Repository.open(place)
+    "-" is standard output: for raw, vhd and vmdk.
+    """
+    as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
+    if as_image and allow_damaged:
+        raise click.UsageError("--allow-damaged is for raw images in files and devices")
+    found = keys.open(place)
     wanted = found.find(snapshot)
+    if as_image:
+        with found.open_snapshot(wanted) as reader, output.bar() as progress:
+            written = images.write(reader, target, written_format, packing, place, progress)
+        images.say_written(written, {"snapshot": wanted.id, "target": target}, "restored", as_json=as_json)
+        return
     with output.bar() as progress:
         done = found.restore(wanted, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress)
     if as_json:

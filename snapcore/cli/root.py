@@ -10,7 +10,21 @@ from snapcore.version import VERSION
 
 # A command, or a group of them, is an object of the same name in the file of that name beside this one, where a hyphen
 # becomes an underscore.
-COMMANDS = ("demo", "diff", "disk", "group", "nbd-mount", "pool", "repo", "restore", "serve", "snapshot", "verify")
+COMMANDS = (
+    "copy",
+    "demo",
+    "diff",
+    "disk",
+    "group",
+    "key",
+    "nbd-mount",
+    "pool",
+    "repo",
+    "restore",
+    "serve",
+    "snapshot",
+    "verify",
+)
 
 
 class _Commands(click.Group):

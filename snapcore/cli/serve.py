@@ -39,6 +39,14 @@ _printing = threading.Lock()
 @click.option("--max-connections", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--handshake-timeout", type=float, default=10, show_default=True, metavar="SECONDS")
 @click.option("--idle-timeout", type=float, default=0, metavar="SECONDS", help="Cut off who asks nothing; 0: never.")
+@click.option(
+    "--request-timeout",
+    type=float,
+    default=120,
+    show_default=True,
+    metavar="SECONDS",
+    help="An I/O error for what waits so long for its medium; 0: never.",
+)
 @click.option("--socket-mode", default="600", show_default=True, metavar="OCTAL", help="Permissions of Unix sockets.")
 @output.json_option
 def serve(
@@ -56,6 +64,7 @@ def serve(
     max_connections: int,
     handshake_timeout: float,
     idle_timeout: float,
+    request_timeout: float,
     socket_mode: str,
     as_json: bool,
 ) -> None:
@@ -90,6 +99,7 @@ def serve(
             max_connections=max_connections,
             handshake_timeout_s=handshake_timeout,
             idle_timeout_s=idle_timeout,
+            request_timeout_s=request_timeout,
             socket_mode=_mode(socket_mode),
             on_event=_print_event if as_json else None,
         )

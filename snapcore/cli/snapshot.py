@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 from click.core import ParameterSource
 
-from snapcore.cli import output
+from snapcore.cli import images, output
+from snapcore.cli.unlocking import Unlocking, key_options
+from snapcore.source import formats
 
 _PLACES = ("pool", "repo", "as_json")
 
@@ -26,10 +28,20 @@ def snapshot() -> None:
     help='All that may differ from the parent, as {"extents": [[offset, length], …]}; "-" reads standard input.',
 )
 @click.option("--paranoid", is_flag=True, help="Compare by content id, not by the fingerprints kept on this host.")
-@click.option("--allow-changing", is_flag=True, help="Accept an image that is written meanwhile.")
+@click.option("--allow-changing", is_flag=True, help="Accept a raw image that is written meanwhile.")
+@click.option(
+    "--format",
+    "read_format",
+    type=click.Choice(formats.READ_FORMATS),
+    help="Of IMAGE. Default: what its name says; any other name means raw.",
+)
+@images.backing_option
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
 @click.option("--name", "label", help="A name to find the snapshot by.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
+@click.option("--key", metavar="NAME", help="The key that the disk's chain shall be, or is, under.")
+@click.option("--no-key", is_flag=True, help="The disk's chain shall be, or is, a plain one.")
+@key_options
 @output.json_option
 def create(
     image: str,
@@ -39,12 +51,19 @@ def create(
     changed: str | None,
     paranoid: bool,
     allow_changing: bool,
+    read_format: str | None,
+    backing_folders: tuple[str, ...],
     compression: str | None,
     label: str | None,
     tags: tuple[str, ...],
+    key: str | None,
+    no_key: bool,
+    keys: Unlocking,
     as_json: bool,
 ) -> None:
     """Take a snapshot of IMAGE, a file or block device: full the first time, then only what changed.
+
+    An image whose name ends in .qcow2, .vhd, .vhdx or .vmdk is read as that.
 
     With -p: of DISK of the pool, in constant time; of the options only --name is for that.
     """
@@ -56,23 +75,29 @@ def create(
         return
     if disk is None:
         raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
-    from snapcore.repository import Repository
+    if key is not None and no_key:
+        raise click.UsageError("--key and --no-key exclude each other")
+    from snapcore.repository import NO_KEY
 
     pairs = [tag.partition("=") for tag in tags]
-    for key, sign, _ in pairs:
-        if not key or not sign:
-            raise click.UsageError(f"a tag has the form KEY=VALUE, not {key!r}")
-    with output.bar() as progress:
-        done = Repository.open(place.path).snapshot(
-            image,
+    for name, sign, _ in pairs:
+        if not name or not sign:
+            raise click.UsageError(f"a tag has the form KEY=VALUE, not {name!r}")
+    found = keys.open(place.path)
+    with (
+        images.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
+        output.bar() as progress,
+    ):
+        done = found.snapshot(
+            source,
             disk=disk,
             parent=parent,
             changed=None if changed is None else output.read_changed(changed),
             paranoid=paranoid,
-            allow_changing=allow_changing,
             compression=compression,
             label=label,
-            tags={key: value for key, _, value in pairs},
+            tags={name: value for name, _, value in pairs},
+            key=NO_KEY if no_key else key,
             progress=progress,
         )
     made = done.snapshot
@@ -83,6 +108,7 @@ def create(
                 "disk": made.disk,
                 "name": made.label,
                 "parent": made.parent,
+                "key": made.key,
                 "created": made.created,
                 "size_bytes": made.size_bytes,
                 "read_bytes": done.read_bytes,
@@ -116,20 +142,25 @@ def _refuse_options(*allowed: str) -> None:
 @snapshot.command("list")
 @output.place_option
 @click.option("--disk", help="Only those of this disk.")
+@key_options
 @output.json_option
-def list_(place: output.Place, disk: str | None, as_json: bool) -> None:
-    """List snapshots; with --json one object a line."""
+def list_(place: output.Place, disk: str | None, keys: Unlocking, as_json: bool) -> None:
+    """List snapshots; with --json one object a line. Of those under keys that are not unlocked, that they are there."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.list_(place.path, disk, as_json=as_json)
         return
-    from snapcore.repository import Repository
-
-    found = Repository.open(place.path).snapshots(disk)
+    repository = keys.open(place.path)
+    found = repository.snapshots(disk)
+    locked = repository.locked_snapshots() if disk is None else []
+    names = {item.id: item.name for item in repository.keyring.listed()} if locked or any(f.key for f in found) else {}
     if as_json:
         for item in found:
             output.print_json(item)
+        for hidden in locked:
+            known = {"id": hidden.id, "disk": None, "key": hidden.key, "key_name": names.get(hidden.key)}
+            output.print_json(known | {"locked": True})
         return
     rows = [
         [
@@ -144,15 +175,21 @@ def list_(place: output.Place, disk: str | None, as_json: bool) -> None:
         ]
         for item in found
     ]
+    rows += [[hidden.id[:12], "(locked)", "", "", "", "", "", ""] for hidden in locked]
     headings = ["id", "disk", "name", "created (UTC)", "size", "written", "changed", "stored"]
+    if names:
+        headings.append("key")
+        under = [item.key for item in found] + [hidden.key for hidden in locked]
+        rows = [[*row, "" if key is None else names.get(key, key)] for row, key in zip(rows, under, strict=True)]
     output.table(headings, rows, right=frozenset({4, 5, 6, 7}))
 
 
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
 @output.place_option
+@key_options
 @output.json_option
-def show(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
+def show(ids: tuple[str, ...], place: output.Place, keys: Unlocking, as_json: bool) -> None:
     """Show snapshots, and what deleting all the given ones would free."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
@@ -161,9 +198,7 @@ def show(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
         return
     import msgspec
 
-    from snapcore.repository import Repository
-
-    found = Repository.open(place.path)
+    found = keys.open(place.path)
     chosen = [found.find(item) for item in ids]
     unique = found.unique(chosen)
     if as_json:
@@ -185,17 +220,16 @@ def show(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
 @click.argument("a")
 @click.argument("b")
 @output.place_option
+@key_options
 @output.json_option
-def diff(a: str, b: str, place: output.Place, as_json: bool) -> None:
+def diff(a: str, b: str, place: output.Place, keys: Unlocking, as_json: bool) -> None:
     """Print where two snapshots differ, in bytes. With -p either may be a disk: as it is now."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.diff(place.path, a, b, as_json=as_json)
         return
-    from snapcore.repository import Repository
-
-    rows = Repository.open(place.path).diff(a, b)
+    rows = keys.open(place.path).diff(a, b)
     if as_json:
         output.print_json({"extents": output.extents_json(rows)})
         return
@@ -205,17 +239,16 @@ def diff(a: str, b: str, place: output.Place, as_json: bool) -> None:
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
 @output.place_option
+@key_options
 @output.json_option
-def delete(ids: tuple[str, ...], place: output.Place, as_json: bool) -> None:
+def delete(ids: tuple[str, ...], place: output.Place, keys: Unlocking, as_json: bool) -> None:
     """Delete snapshots, in any order. In a repository `snapcore repo collect` frees their space."""
     if place.is_pool:
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.delete(place.path, ids, as_json=as_json)
         return
-    from snapcore.repository import Repository
-
-    found = Repository.open(place.path)
+    found = keys.open(place.path)
     for item in ids:
         gone = found.delete(item)
         if as_json:

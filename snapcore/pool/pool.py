@@ -369,18 +369,19 @@ class Pool:
         progress: ProgressCallback | None = None,
         executor: Executor | None = None,
     ) -> Disk:
-        """Copy a raw image or block device into a new disk. Holes and zero blocks take nothing; durable on return.
+        """Copy an image or block device into a new disk. Holes and zero blocks take nothing; durable on return.
 
         Parameters
         ----------
         name : str
             Of the disk. Until all is there it is called otherwise; a failed or cancelled import leaves none.
         image : path or Source
-            A version of another pool will do too.
+            A path has the format that its name says, and its first bytes must agree: see `snapcore.open_image`, which
+            opens any other. A version of another pool will do too.
         size_bytes : int, optional
             Of the disk, if it shall be longer than the image.
         allow_changing : bool
-            Do not mind an image that is written meanwhile, or a device that is mounted for writing.
+            Do not mind a raw image that is written meanwhile, or a device that is mounted for writing.
         progress : callable, optional
             Gets a `Progress` for each step; raising there cancels.
         executor : Executor, optional
@@ -678,7 +679,24 @@ class Pool:
         self._writable("compacting")
         return compact(self._engine)
 
-    # Who uses a disk
+    # Who uses what
+
+    def reader_of(self, path: str | os.PathLike[str]) -> str | None:
+        """Who would read other bytes if a file were written: a disk or snapshot over it, or the pool itself; or None."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        with self._reading() as catalog:
+            images = {record.id: record.path for record in catalog.backings.values()}
+            over = [(catalog.disks.get(record.disk), record) for record in catalog.versions.values() if record.backing]
+        for disk, record in over:
+            if _is_same_file(found, images[record.backing]):
+                if disk is not None:
+                    return f"disk {disk.name!r}"
+                return f"snapshot {record.name or record.id} of disk {record.disk_name!r}"
+        own = (os.path.join(self.path, name) for name in os.listdir(self.path))
+        return f"the pool {self.path}" if any(_is_same_file(found, file) for file in own) else None
 
     @contextlib.contextmanager
     def attaching(self, disk: Disk, holder: str) -> Iterator[None]:
@@ -706,3 +724,11 @@ def _at(catalog: Catalog, version: Readable) -> int:
     if record is None or record.kind == "ghost":
         raise NotFoundError(f"{version._what()}: it was deleted")
     return record.id
+
+
+def _is_same_file(status: os.stat_result, path: str) -> bool:
+    try:
+        return os.path.samestat(status, os.stat(path))
+    except (OSError, ValueError):
+        # ValueError: no file has such a name.
+        return False

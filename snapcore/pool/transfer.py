@@ -17,8 +17,8 @@ from snapcore.core import BLOCK_BYTES
 from snapcore.errors import Error, RefusedError, UsageError
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
+from snapcore.source.image import open_image
 from snapcore.source.interface import Source
-from snapcore.source.raw import open_source
 from snapcore.source.target import RawTarget, open_target
 
 PARTIAL = ".snapcore-partial"
@@ -88,7 +88,7 @@ def import_image(
 ) -> Made:
     """Copy an image into a new disk; see `Pool.import_image`."""
     if isinstance(image, (str, os.PathLike)):
-        with open_source(os.fspath(image), allow_changing=allow_changing) as source:
+        with open_image(image, allow_changing=allow_changing) as source:
             return _import(pool, name, source, size_bytes, progress, executor)
     return _import(pool, name, image, size_bytes, progress, executor)
 

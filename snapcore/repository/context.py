@@ -1,18 +1,18 @@
-"""What every piece of work on a repository needs: its store, its parameters and its keys."""
+"""What every piece of work on a repository needs: its store, its parameters and the keys of one domain.
+
+Work is on one domain: packs, index objects and manifests of others are not seen.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snapcore.errors import NotFoundError, StoreError
-from snapcore.repository import damage
+from snapcore.repository import damage, pack
 from snapcore.repository.config import Config
-from snapcore.repository.domain import Domain
+from snapcore.repository.domain import Domain, Domains
 from snapcore.repository.index import Index
 from snapcore.repository.objects import Objects
 from snapcore.store import Store
-
-_LOADS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +23,22 @@ class Context:
     config: Config
     domain: Domain
 
+    @property
+    def domains(self) -> Domains:
+        """The domain by its id."""
+        return {self.domain.id: self.domain}
+
     def index(self) -> Index:
         """Where records lie, as the store says now; damaged ones are left out."""
-        for _ in range(_LOADS):
-            try:
-                return Index.load(self.store, damage.places(damage.load(self.store)))
-            except NotFoundError:
-                # A collection has put a new index in the place of the one that was listed.
-                continue
-        raise StoreError(f"the index of {self.store.url} is replaced all the time; try again later")
+        return Index.load(self.store, damage.places(damage.load(self.store)), domain=self.domain)
+
+    def exact_index(self) -> Index:
+        """The same, after all packs were listed: what lies in packs that are gone is left out too."""
+        marked = damage.places(damage.load(self.store))
+        return Index.load(
+            self.store, marked, domain=self.domain, there=lambda: pack.sizes(self.store, self.domain).keys()
+        )
 
     def objects(self) -> Objects:
         """Reads chunks and nodes, also while a collection moves them."""
-        return Objects(self.store, self.index(), self.domain, self.config.chunk_bytes, renew=self.index)
+        return Objects(self.store, self.index(), self.domain, self.config.chunk_bytes, renew=self.exact_index)

@@ -25,6 +25,7 @@ from snapcore.errors import (
     Error,
     ExistsError,
     FencedError,
+    NotFoundError,
     ReadError,
     RefusedError,
     SourceChangedError,
@@ -33,14 +34,15 @@ from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.persist import Buffer
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import damage, index, manifest, pack, session, tree
+from snapcore.repository import damage, generations, index, manifest, pack, session, summaries, tree
 from snapcore.repository.context import Context
 from snapcore.repository.domain import ZERO_ID
-from snapcore.repository.hints import Hints
-from snapcore.repository.index import Index
-from snapcore.repository.manifest import Manifest
+from snapcore.repository.generations import Generation
+from snapcore.repository.hints import Hints, NoHints
+from snapcore.repository.index import BadPlaces, Index
+from snapcore.repository.manifest import CopiedFrom, Manifest
 from snapcore.repository.objects import Objects
-from snapcore.repository.reading import Outcome, Reading, Span
+from snapcore.repository.reading import Outcome, Reading, RecordSource, Span
 from snapcore.repository.session import Session
 from snapcore.repository.storer import PendingReader, Storer
 from snapcore.repository.tree import EMPTY, FANOUT, Root, TreeWriter
@@ -49,6 +51,11 @@ from snapcore.version import VERSION
 
 _CHECKED_SHARE = 0.001
 _CHECKED_AT_LEAST = 16
+# A chain that nobody collects is summarised by its writers, now and then.
+_SUMMARISE_EVERY = 64
+# Of a writer that is taken for dead, of a parent that is deleted.
+_TRIES = 3
+_REGISTRATIONS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,9 @@ class Request:
     compression: str | None = None
     label: str | None = None
     tags: dict[str, str] | None = None
+    reason: str | None = None
+    created: str | None = None
+    copied: CopiedFrom | None = None
 
 
 def create(
@@ -90,64 +100,108 @@ def create(
 ) -> Created:
     """Take a snapshot of a source; see `Repository.snapshot`."""
     started = time.monotonic()
-    own, object_name, parent = _register(context, request)
+    for left in reversed(range(_TRIES)):
+        try:
+            again = left < _TRIES - 1
+            snapshot, read_bytes = _attempt(context, source, request, progress, executor, take_up=again)
+        except FencedError:
+            # Somebody took this writer for dead. What it stored is found by its id, where it was not collected.
+            if not left:
+                raise
+        else:
+            return Created(snapshot, read_bytes, time.monotonic() - started)
+    raise AssertionError("unreachable")
+
+
+def _attempt(
+    context: Context,
+    source: Source,
+    request: Request,
+    progress: ProgressCallback | None,
+    executor: Executor | None,
+    *,
+    take_up: bool,
+) -> tuple[Manifest, int]:
+    """One session, from its registration to its end. Returns the snapshot and how many bytes were read.
+
+    With `take_up`, packs that no index object names are used in any case: some are the own ones of the last session.
+    """
+    place = _register(context, request)
     job: _Job | None = None
     try:
-        gone = _look(context, own)
-        job = _Job(context, source, request, parent)
-        snapshot = job.run(own, object_name, progress, executor)
-    except BaseException:
-        _leave(context, own, job)
+        gone = [other for other in session.sessions(context.store) if session.is_gone(other)]
+        job = _Job(context, source, request, place, take_up=take_up or bool(gone))
+        snapshot = job.run(progress, executor)
+    except BaseException as error:
+        fenced = isinstance(error, (DamagedError, NotFoundError)) and session.was_ended(context.store, place.own)
+        _leave(context, place.own, job)
+        if fenced:
+            # Anything may be gone that it relied on.
+            raise FencedError(f"the session {place.own.id} was ended by somebody else: {error}") from error
         raise
     job.close()
-    # The snapshot is there: sessions that cannot be removed now are ended by the next create or collect.
+    # The snapshot is there: what is left to tidy now, the next create or collect does.
     with contextlib.suppress(Error):
-        for dead in gone:
-            session.end(context.store, dead)
+        session.check(context.store, place.own)
+        index.merge_small(context.store, context.domain, place.seen)
+    if snapshot.sequence % _SUMMARISE_EVERY == 0:
+        summaries.refresh_if_possible(context.store)
     with contextlib.suppress(Error):
-        session.withdraw(context.store, own)
-    return Created(snapshot, job.read_bytes, time.monotonic() - started)
+        session.end_dead(context.store, gone)
+    with contextlib.suppress(Error):
+        session.withdraw(context.store, place.own)
+    return snapshot, job.read_bytes
 
 
 def newest(context: Context, disk: str) -> Manifest | None:
     """The last snapshot of a disk's chain."""
     for name in reversed(list(manifest.names(context.store, context.domain, disk))):
-        found = manifest.read(context.store, name, context.domain, context.config.chunk_bytes)
+        found = manifest.read(context.store, name, context.domains, context.config.chunk_bytes)
         if found is not None:
             return found
     return None
 
 
-def _register(context: Context, request: Request) -> tuple[Session, str, Manifest | None]:
-    """Register a session that names the manifest to come; then make sure that the parent is still there."""
-    for _ in range(3):
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """A session, the name under which it will commit, the parent, and the generation that it has seen."""
+
+    own: Session
+    object_name: str
+    parent: Manifest | None
+    seen: Generation
+
+
+def _register(context: Context, request: Request) -> _Registered:
+    """Steps "see", "register" and "look": a session that names the manifest to come, a generation and a parent."""
+    store, domain = context.store, context.domain
+    parents_gone = 0
+    for _ in range(_REGISTRATIONS):
+        seen = generations.latest(store, domain)
         last = newest(context, request.disk)
         parent = request.parent or last
         sequence = 1 + (last.sequence if last else 0)
         if sequence > manifest.SEQUENCE_LIMIT:
             raise RefusedError(f"the chain of {request.disk} has no number left; go on under another disk's name")
-        name = manifest.name(context.domain, request.disk, sequence, secrets.token_hex(16))
-        own = session.register(context.store, session.CREATE, name)
+        name = manifest.name(domain, request.disk, sequence, secrets.token_hex(16))
+        own = session.register(store, session.CREATE, name, domain=domain, generation=seen.number)
         try:
-            if parent is None or _is_there(context, parent):
-                return own, name, parent
+            if generations.latest_number(store, domain) == seen.number:
+                if parent is None or _is_there(context, parent):
+                    return _Registered(own, name, parent, seen)
+                parents_gone += 1
         except BaseException:
             _leave(context, own, None)
             raise
-        session.withdraw(context.store, own)
-    raise BusyError(f"snapshots of {request.disk} are being deleted; try again when that is done")
+        session.withdraw(store, own)
+        if parents_gone == _TRIES:
+            raise BusyError(f"snapshots of {request.disk} are being deleted; try again when that is done")
+    raise BusyError(f"collections of {store.url} follow each other without a pause; try again later")
 
 
 def _is_there(context: Context, snapshot: Manifest) -> bool:
     name = manifest.name(context.domain, snapshot.disk, snapshot.sequence, snapshot.id)
-    return manifest.read(context.store, name, context.domain, context.config.chunk_bytes) is not None
-
-
-def _look(context: Context, own: Session) -> list[Session]:
-    """Withdraw when a collector is at work. Returns sessions of writers that died."""
-    session.refuse_while_busy(context.store, own, session.COLLECT, context.store.url)
-    others = session.sessions(context.store)
-    return [other for other in others if other.work == session.CREATE and session.is_gone(other)]
+    return manifest.read(context.store, name, context.domains, context.config.chunk_bytes) is not None
 
 
 def _leave(context: Context, own: Session, job: _Job | None) -> None:
@@ -168,11 +222,14 @@ def _leave(context: Context, own: Session, job: _Job | None) -> None:
 class _Job:
     """One snapshot in the making."""
 
-    def __init__(self, context: Context, source: Source, request: Request, parent: Manifest | None) -> None:
+    def __init__(
+        self, context: Context, source: Source, request: Request, place: _Registered, *, take_up: bool
+    ) -> None:
         self._context = context
         self._source = source
         self._request = request
-        self._parent = parent
+        self._place = place
+        self._parent = place.parent
         self.commit_tried = False
         self._size_bytes = source.size_bytes
         # A source of one's own may name them in any order.
@@ -181,35 +238,52 @@ class _Job:
         self._chunks = -(-self._size_bytes // self._chunk_bytes)
         self.read_bytes = 0
         marked = damage.load(context.store)
-        known = Index.load(context.store, damage.places(marked))
+        known = self._load(damage.places(marked))
         reader = PendingReader(context.store)
         self._objects = Objects(reader, known, context.domain, self._chunk_bytes)
         self._compression = request.compression or context.config.compression
-        self._storer = Storer(context.store, known, self._objects, reader, self._compression)
-        self._adopt(known)
+        self._storer = Storer(context.store, known, self._objects, reader, self._compression, place.seen.number)
+        if take_up:
+            self._take_up(known)
         # What other writers published, dead ones included, may not be durable yet, and this snapshot will rely on it.
-        context.store.settle("packs/")
-        context.store.settle("index/")
-        self._hints = Hints(context.config.id, context.domain.disk_tag(request.disk), self._chunk_bytes)
+        context.store.settle(pack.PREFIX + context.domain.folder)
+        context.store.settle(index.PREFIX + context.domain.folder)
+        if isinstance(source, RecordSource):
+            self._hints: Hints = NoHints()
+        else:
+            self._hints = Hints(context.config.id, context.domain.disk_tag(request.disk), self._chunk_bytes)
         self._lost_nodes: set[bytes] = set()
         self._suspect = self._damaged_in_parent(known, {bytes.fromhex(bad.id) for bad in marked})
         self._fallback_reason = self._why_more()
 
-    def _adopt(self, known: Index) -> None:
-        """Take up packs that no index object names, of writers that died before they wrote one or are about to.
+    def _load(self, bad: BadPlaces) -> Index:
+        """Step "load": what may be relied on."""
+        context, seen = self._context, self._place.seen
+        there = None
+        if seen.number == 0 and index.has_old_names(context.store, context.domain):
+            # Earlier versions of this software had no generations; of packs that their collectors removed, a writer
+            # that was ended may have written an index object since.
+            there = lambda: pack.sizes(context.store, context.domain).keys()  # noqa: E731
+        return Index.load(context.store, bad, domain=context.domain, seen=seen, there=there)
+
+    def _take_up(self, known: Index) -> None:
+        """Take up packs that no index object names, of writers on this host that died before they wrote one.
 
         Of a writer that lives both name them in the end, which costs entries and harms nothing: a pack has its name
         when it is whole, and a patch whose base is in none of the packs is not taken for a chunk.
         """
-        for pack_id, size_bytes in index.unindexed_packs(self._context.store, known.packs()):
-            with contextlib.suppress(DamagedError, ReadError):
-                contents = pack.read_directory(self._context.store, pack_id, size_bytes)
+        context = self._context
+        for pack_id, size_bytes in index.unindexed_packs(context.store, known.packs(), context.domain):
+            if pack_id in self._place.seen.away:
+                continue
+            with contextlib.suppress(DamagedError, NotFoundError, ReadError):
+                contents = pack.read_directory(context.store, pack_id, size_bytes, context.domain)
                 known.add_table(contents)
                 self._storer.add_table(contents)
 
     def _damaged_in_parent(self, known: Index, marked: set[bytes]) -> Extents:
         """Where chunks of the parent are damaged, or nodes above them."""
-        missing = {bad for bad in marked if known.find(bad) is None}
+        missing = {bad for bad in marked if known.find(bad) is None and known.find_condemned(bad) is None}
         if self._parent is None or not missing:
             return extents.empty()
         ranges: list[tuple[int, int]] = []
@@ -235,6 +309,8 @@ class _Job:
 
     def _why_more(self) -> str | None:
         request, parent = self._request, self._parent
+        if request.reason is not None or request.copied is not None:
+            return request.reason
         if parent is None:
             if request.changed is None:
                 return None
@@ -252,24 +328,15 @@ class _Job:
             )
         return None
 
-    def run(
-        self, own: Session, object_name: str, progress: ProgressCallback | None, executor: Executor | None
-    ) -> Manifest:
-        """All steps up to the commit."""
+    def run(self, progress: ProgressCallback | None, executor: Executor | None) -> Manifest:
+        """Steps "store" and "commit"."""
+        object_name = self._place.object_name
         parent, request = self._parent, self._request
         levels = tree.levels_for(self._chunks)
         old = parent.tree if parent else EMPTY
         changed = self._changed_region()
         trusted = parent is not None and self._hints.snapshot == parent.id and not request.paranoid
-        reading = Reading(
-            self._source,
-            self._objects,
-            old,
-            self._hints,
-            trusted=trusted and request.changed is None,
-            suspect=self._suspect,
-            compression=self._compression,
-        )
+        reading = self._reading(old, trusted=trusted and request.changed is None)
         base = (
             tree.fitted(old, levels, self._node_or_nothing, self._storer.put_node) if parent else Root(ZERO_ID, levels)
         )
@@ -282,7 +349,7 @@ class _Job:
         meter = Meter(progress, "read", extents.total_bytes(data))
         totals = _Totals()
         with executor_or_own(executor) as hands:
-            if parent is not None and changed is not None:
+            if parent is not None and changed is not None and not isinstance(self._source, RecordSource):
                 self._check_unchanged_sample(reading, changed)
             for outcome in in_order(hands, reading, spans):
                 self._apply(outcome, writer, totals)
@@ -302,7 +369,7 @@ class _Job:
             disk=request.disk,
             sequence=int(object_name[-41:-33], 16),
             parent=parent.id if parent else None,
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            created=request.created or datetime.now(UTC).isoformat(timespec="milliseconds"),
             size_bytes=self._size_bytes,
             chunk_bytes=self._chunk_bytes,
             levels=root.levels,
@@ -317,10 +384,26 @@ class _Job:
             # A path may hold bytes that are no text; it is for people only.
             source=self._source.name.encode("utf-8", "backslashreplace").decode(),
             software=f"snapcore {VERSION}",
+            key=self._context.domain.key_id,
+            copied=request.copied,
         )
-        self._commit(own, object_name, snapshot)
+        self._commit(snapshot)
         self._hints.finish(snapshot.id, self._chunks)
         return snapshot
+
+    def _reading(self, old: Root, *, trusted: bool) -> Reading:
+        """What works on a span."""
+        if isinstance(self._source, RecordSource):
+            return self._source.reading(self._objects, old, suspect=self._suspect, compression=self._compression)
+        return Reading(
+            self._source,
+            self._objects,
+            old,
+            self._hints,
+            trusted=trusted,
+            suspect=self._suspect,
+            compression=self._compression,
+        )
 
     def _node_or_nothing(self, object_id: bytes) -> Buffer:
         """A node of the parent; an empty one where it is damaged, for then all below it is written anew."""
@@ -410,12 +493,13 @@ class _Job:
         found: list[int] = chunks.tolist()
         return found
 
-    def _commit(self, own: Session, object_name: str, snapshot: Manifest) -> None:
+    def _commit(self, snapshot: Manifest) -> None:
+        own, object_name = self._place.own, self._place.object_name
         try:
             # Damaged sessions are ended without a tombstone, for the name of the manifest is lost with them.
             session.check(self._context.store, own)
             self.commit_tried = True
-            manifest.write(self._context.store, object_name, snapshot)
+            manifest.write(self._context.store, object_name, snapshot, self._context.domain)
         except (ExistsError, FencedError) as error:
             raise FencedError(
                 f"the session of snapshot {snapshot.id} was ended by somebody else before it was done; nothing is "

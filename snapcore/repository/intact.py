@@ -14,8 +14,9 @@ import numpy as np
 import xxhash
 
 from snapcore.errors import DamagedError, UnsupportedFormatError
+from snapcore.persist import Buffer
 from snapcore.repository import codec, envelope, pack, record
-from snapcore.repository.domain import ID_BYTES
+from snapcore.repository.domain import ID_BYTES, PLAIN, Domain
 from snapcore.repository.envelope import Kind
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import HEADER_BYTES, UNIT_BYTES, Form, RecordKind
@@ -41,7 +42,7 @@ _CHECKED_BYTES = HEADER_BYTES - 8
 
 
 # Codec, payload, length after decoding, id.
-_Payload = tuple[int, memoryview, int, bytes]
+_Payload = tuple[int, Buffer, int, bytes]
 
 
 class Content(NamedTuple):
@@ -56,6 +57,7 @@ class Intact:
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
+        self._domain = objects.domain
         self._sizes = {RecordKind.CHUNK: objects.chunk_bytes, RecordKind.NODE: NODE_BYTES}
 
     def __call__(self, data: bytes, stored: Reader, pack_id: bytes, named: Sequence[Entries]) -> Content | None:
@@ -71,9 +73,9 @@ class Intact:
             What the index says of the pack.
         """
         try:
-            directory = opened(data, stored, pack_id)
+            directory = opened(data, stored, pack_id, self._domain)
             rows = directory.entries[np.argsort(directory.entries["offset"])]
-            if not _are_all(data, rows) or not all(_are_among(entries, rows) for entries in named):
+            if not _are_all(data, rows, self._domain) or not all(_are_among(entries, rows) for entries in named):
                 return None
             for kind in self._sizes:
                 part = rows[rows["kind"] == kind]
@@ -89,7 +91,7 @@ class Intact:
     def _are_full(self, data: bytes, rows: Entries, kind: RecordKind) -> bool:
         """Whether all these records hold what their ids say."""
         identify, size_bytes = self._objects.identify, self._sizes[kind]
-        for how, payload, plain_bytes, record_id in _payloads(data, rows):
+        for how, payload, plain_bytes, record_id in _payloads(data, rows, self._domain):
             if plain_bytes != size_bytes or identify(kind, codec.decode(how, payload, plain_bytes)) != record_id:
                 return False
         return True
@@ -101,7 +103,7 @@ class Intact:
         if (rows["plain"] > limit_bytes).any():
             return False
         resting: dict[int, list[_Payload]] = {}
-        for base, item in zip(rows["base"].tolist(), _payloads(data, rows), strict=True):
+        for base, item in zip(rows["base"].tolist(), _payloads(data, rows, self._domain), strict=True):
             resting.setdefault(base, []).append(item)
         places = list(resting)
         for number, base in self._objects.full(kind, bases[places]):
@@ -117,17 +119,17 @@ class Intact:
         return True
 
 
-def opened(data: bytes, stored: Reader, pack_id: bytes) -> Table:
+def opened(data: bytes, stored: Reader, pack_id: bytes, domain: Domain = PLAIN) -> Table:
     """The directory of a pack whose frame is right; DamagedError, UnsupportedFormatError for any other."""
-    name = pack.name(pack_id)
-    kind, _, body_bytes = envelope.check_header(data, name, pack_id)
+    name = pack.name(pack_id, domain)
+    kind, _, body_bytes = envelope.check_header(data, name, pack_id, domain)
     envelope.expect(kind, Kind.PACK, name)
     if body_bytes:
         raise DamagedError(f"{name}: its header gives a length of {body_bytes} bytes")
-    return pack.read_directory(stored, pack_id, len(data))
+    return pack.read_directory(stored, pack_id, len(data), domain)
 
 
-def _are_all(data: bytes, rows: Entries) -> bool:
+def _are_all(data: bytes, rows: Entries, domain: Domain) -> bool:
     """Whether records as in these rows, in the order of their places, fill a pack up to its directory."""
     ends = rows["offset"].astype(np.int64) + rows["stored"]
     # Where the directory begins: the second field of the footer.
@@ -138,7 +140,7 @@ def _are_all(data: bytes, rows: Entries) -> bool:
     headers = _headers(data, rows)
     right = (
         (headers["magic"] == b"SREC")
-        & (headers["seal"] == 0)
+        & (headers["seal"] == (domain.sealing is not None))
         & (headers["payload"] == rows["stored"] - HEADER_BYTES)
         & (headers["id"] == entry_ids(rows))
     )
@@ -167,16 +169,19 @@ def _are_among(entries: Entries, rows: Entries) -> bool:
     return bool(right.all())
 
 
-def _payloads(data: bytes, rows: Entries) -> Iterator[_Payload]:
-    """The payload of each record; DamagedError where it does not match its checksum."""
+def _payloads(data: bytes, rows: Entries, domain: Domain) -> Iterator[_Payload]:
+    """The payload of each record, opened; DamagedError where it does not match its checksum or does not open."""
     view = memoryview(data)
+    sealing = domain.sealing
     checksums = _headers(data, rows)["checksum"].tolist()
     ids = entry_ids(rows).tobytes()
     fields = zip(
         rows["offset"].tolist(), rows["stored"].tolist(), rows["plain"].tolist(), rows["codec"].tolist(), strict=True
     )
     for number, (offset, stored, plain_bytes, how) in enumerate(fields):
-        payload = view[offset + HEADER_BYTES : offset + stored]
+        payload: Buffer = view[offset + HEADER_BYTES : offset + stored]
         if xxhash.xxh3_64_intdigest(payload) != checksums[number]:
             raise DamagedError("a payload does not match its checksum")
+        if sealing is not None:
+            payload = sealing.open_record(payload, data[offset : offset + record.BOUND_BYTES] + domain.id)
         yield how, payload, plain_bytes, ids[number * ID_BYTES : (number + 1) * ID_BYTES]

@@ -42,17 +42,25 @@ class Usage:
 
 
 class Marks:
-    """Marks over all records of an index."""
+    """Marks over all records of an index.
 
-    def __init__(self, objects: Objects) -> None:
+    Parameters
+    ----------
+    objects : Objects
+    preferred : Index, optional
+        The same entries, fewer of which are there: of several copies of a record, one of those counts.
+    """
+
+    def __init__(self, objects: Objects, preferred: Index | None = None) -> None:
         self._objects = objects
         self._index: Index = objects.index
+        self._preferred = preferred or self._index
         self.reached: npt.NDArray[np.bool] = np.zeros(self._index.slots, dtype=np.bool)
         self._walked: npt.NDArray[np.bool] = np.zeros(self._index.slots, dtype=np.bool)
 
     def copy(self) -> Marks:
         """The same marks, to be added to on their own."""
-        other = Marks(self._objects)
+        other = Marks(self._objects, self._preferred)
         other.reached[:] = self.reached
         other._walked[:] = self._walked
         return other
@@ -83,14 +91,15 @@ class Marks:
         """Mark records; returns those below which nothing was marked before, in a fixed order."""
         found = []
         for object_id in sorted(ids):
-            place = self._index.find(object_id)
+            place = self._preferred.find(object_id) or self._index.find(object_id)
             if self._mark(kind, object_id, place, snapshot):
                 found.append(object_id)
         return found
 
     def _mark_chunks(self, ids: Ids, snapshot: Manifest) -> None:
-        for number, place in enumerate(self._index.find_many(ids)):
-            self._mark(RecordKind.CHUNK, ids[number].tobytes(), place, snapshot)
+        for number, place in enumerate(self._preferred.find_many(ids)):
+            object_id = ids[number].tobytes()
+            self._mark(RecordKind.CHUNK, object_id, place or self._index.find(object_id), snapshot)
 
     def _mark(self, kind: RecordKind, object_id: bytes, place: Place | None, snapshot: Manifest) -> bool:
         slot = self._reach(kind, object_id, place, snapshot)
@@ -98,7 +107,8 @@ class Marks:
             return False
         self._walked[slot] = True
         if place is not None and place.base is not None:
-            self._reach(kind, place.base, self._index.find_full(place.base), snapshot)
+            base = self._preferred.find_full(place.base) or self._index.find_full(place.base)
+            self._reach(kind, place.base, base, snapshot)
         return True
 
     def _reach(self, kind: RecordKind, object_id: bytes, place: Place | None, snapshot: Manifest) -> int:

@@ -14,9 +14,10 @@ from typing import NamedTuple, TypeVar
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
 from snapcore.persist import Buffer
 from snapcore.repository import pack, record
+from snapcore.repository.codec import Codec
 from snapcore.repository.domain import Domain
 from snapcore.repository.index import Index, Place
-from snapcore.repository.record import UNIT_BYTES, Form, RecordKind
+from snapcore.repository.record import UNIT_BYTES, Form, Record, RecordKind
 from snapcore.repository.table import Ids, ids_of
 from snapcore.repository.tree import NODE_BYTES
 from snapcore.store.interface import Reader
@@ -30,6 +31,8 @@ _RUN_BYTES = 4 << 20
 _RENEWALS = 3
 
 Result = TypeVar("Result")
+# Makes of (kind, id, place, the record as it is stored) what is wanted.
+Use = Callable[[RecordKind, bytes, Place, memoryview], Result]
 
 
 class Base(NamedTuple):
@@ -37,6 +40,13 @@ class Base(NamedTuple):
 
     id: bytes
     plain: Buffer
+
+
+class Opened(NamedTuple):
+    """An object that was checked, and, of one that is stored full, its payload as it is once it is not sealed."""
+
+    plain: Buffer
+    encoded: tuple[Codec, Buffer] | None
 
 
 class Objects:
@@ -65,16 +75,16 @@ class Objects:
         self.index = index
         self.domain = domain
         self.chunk_bytes = chunk_bytes
-        self._store = store
+        self.store = store
         self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
-        self._renew = renew
+        self.renew = renew
         self._renewal = threading.Lock()
         self._nodes = _Cache(_NODES_KEPT)
         self._bases = _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes)))
 
     def place(self, kind: RecordKind, object_id: bytes) -> Place:
         """Where an object lies; MissingObjectError when nowhere."""
-        place = self.index.find(object_id)
+        place = self.index.find(object_id) or self.index.find_condemned(object_id)
         if place is None or place.kind != kind:
             raise missing(kind, object_id)
         return place
@@ -108,12 +118,12 @@ class Objects:
 
     def _renewed(self, seen: Index) -> bool:
         """Whether there is another index now than the one that was used."""
-        if self._renew is None:
+        if self.renew is None:
             return False
         with self._renewal:
             if self.index is seen:
-                fresh = self._renew()
-                if fresh.names == seen.names:
+                fresh = self.renew()
+                if (fresh.names, fresh.away) == (seen.names, seen.away):
                     return False
                 self.index = fresh
         return True
@@ -132,7 +142,7 @@ class Objects:
                 wanted.append(number)
                 joined += place.base or old_ids[number].tobytes()
         base_ids = ids_of(joined)
-        for number, plain in self._many(kind, base_ids, self.index.find_many_full(base_ids)):
+        for number, plain in self._many(kind, base_ids, self.index.find_many_full(base_ids), self._decoded):
             if not isinstance(plain, DamagedError):
                 found[wanted[number]] = Base(base_ids[number].tobytes(), plain)
         return found
@@ -146,15 +156,50 @@ class Objects:
             for number in range(len(ids)):
                 yield number, self._chunk_or_error(ids[number].tobytes())
             return
-        for number, plain in self._many(RecordKind.CHUNK, ids, places):
-            if isinstance(plain, DamagedError) and self._renew is not None:
+        for number, plain in self._many(RecordKind.CHUNK, ids, places, self._decoded):
+            if isinstance(plain, DamagedError) and self.renew is not None:
                 yield number, self._chunk_or_error(ids[number].tobytes())
             else:
                 yield number, plain
 
     def full(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
         """(number, bytes or what is wrong) for every object of `ids`, each as it is stored in full; see `chunks`."""
-        return self._many(kind, ids, self.index.find_many_full(ids))
+        return self._many(kind, ids, self.index.find_many_full(ids), self._decoded)
+
+    def stored(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Record | DamagedError]]:
+        """(number, record or what is wrong) for every object of `ids`: records as they are stored, not opened.
+
+        Their checksums are checked, and no key is used. A patch is a record with a base, which is to be moved too.
+        """
+        return self._each(kind, ids, self._as_stored)
+
+    def opened(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Opened | DamagedError]]:
+        """(number, what it holds or what is wrong) for every object of `ids`; see `chunks`."""
+        return self._each(kind, ids, self._as_opened)
+
+    def offer_base(self, base_id: bytes, plain: Buffer) -> None:
+        """Bytes that were found elsewhere and match the id: a patch that rests on them need not read them here."""
+        self._bases.put(base_id, plain)
+
+    def _each(self, kind: RecordKind, ids: Ids, use: Use[Result]) -> Iterator[tuple[int, Result | DamagedError]]:
+        """What `use` makes of every object of `ids`; each that is not where it was is looked for in a new index."""
+        for number, found in self._many(kind, ids, self.index.find_many(ids), use):
+            if isinstance(found, DamagedError) and self.renew is not None:
+                yield number, self._again(kind, ids[number : number + 1], use)
+            else:
+                yield number, found
+
+    def _again(self, kind: RecordKind, one: Ids, use: Use[Result]) -> Result | DamagedError:
+        def attempt() -> Result:
+            (_, found), *_ = self._many(kind, one, self.index.find_many(one), use)
+            if isinstance(found, DamagedError):
+                raise found
+            return found
+
+        try:
+            return self._renewing(attempt)
+        except DamagedError as error:
+            return error
 
     def _chunk_or_error(self, object_id: bytes) -> Buffer | DamagedError:
         try:
@@ -163,8 +208,8 @@ class Objects:
             return error
 
     def _many(
-        self, kind: RecordKind, ids: Ids, places: list[Place | None]
-    ) -> Iterator[tuple[int, Buffer | DamagedError]]:
+        self, kind: RecordKind, ids: Ids, places: list[Place | None], use: Use[Result]
+    ) -> Iterator[tuple[int, Result | DamagedError]]:
         wanted: list[tuple[bytes, int, int, Place]] = []
         for number, place in enumerate(places):
             if place is None or place.kind != kind:
@@ -183,7 +228,7 @@ class Objects:
                     break
                 stop = max(stop, offset + place.stored)
                 last += 1
-            yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids)
+            yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids, use)
             first = last
 
     def _run(
@@ -194,7 +239,8 @@ class Objects:
         stop: int,
         wanted: list[tuple[bytes, int, int, Place]],
         ids: Ids,
-    ) -> Iterator[tuple[int, Buffer | DamagedError]]:
+        use: Use[Result],
+    ) -> Iterator[tuple[int, Result | DamagedError]]:
         data: memoryview | None = None
         # A run that cannot be read is read record by record, so that only what is damaged is missing.
         with contextlib.suppress(DamagedError):
@@ -203,14 +249,14 @@ class Objects:
             object_id = ids[number].tobytes()
             try:
                 if data is None:
-                    plain = self._object(kind, object_id, place)
+                    raw = memoryview(self._read(place.pack, place.offset, place.stored))
                 else:
                     raw = data[offset - start : offset - start + place.stored]
-                    plain = self._decoded(kind, object_id, place, raw)
+                found = use(kind, object_id, place, raw)
             except DamagedError as error:
                 yield number, error
             else:
-                yield number, plain
+                yield number, found
 
     def _object(self, kind: RecordKind, object_id: bytes, place: Place) -> Buffer:
         raw = self._read(place.pack, place.offset, place.stored)
@@ -219,7 +265,7 @@ class Objects:
     def _read(self, pack_id: bytes, offset_bytes: int, length_bytes: int) -> bytes:
         """Bytes of a pack; a pack that is gone or a medium that fails is damage, a store that fails is not."""
         try:
-            return self._store.get_range(pack.name(pack_id), offset_bytes, length_bytes)
+            return self.store.get_range(pack.name(pack_id, self.domain), offset_bytes, length_bytes)
         except (NotFoundError, ReadError) as error:
             raise DamagedError(f"{error}; run `snapcore verify` to see what it hits") from error
 
@@ -227,7 +273,7 @@ class Objects:
         found = self._bases.get(base_id)
         if found is None:
             # It may lie somewhere as a patch too: of two writers at once, one may have had something to compare with.
-            place = self.index.find_full(base_id)
+            place = self.index.find_full(base_id) or self.index.find_condemned(base_id, full=True)
             if place is None or place.kind != kind:
                 raise missing(kind, base_id)
             found = self._object(kind, base_id, place)
@@ -235,14 +281,39 @@ class Objects:
         return found
 
     def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Buffer:
-        where = f"{pack.name(place.pack)} at {place.offset}"
+        where, head = self._header(kind, object_id, place, raw)
+        return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
+
+    def _as_stored(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Record:
+        where, head = self._header(kind, object_id, place, raw)
+        payload = bytes(raw[record.HEADER_BYTES :])
+        record.check_payload(head, payload, where)
+        if head.codec not in list(Codec):
+            raise DamagedError(f"{where}: a payload has the unknown codec {head.codec}")
+        header = bytes(raw[: record.HEADER_BYTES])
+        return Record(kind, head.form, head.id, header, payload, Codec(head.codec), head.plain_bytes, place.base)
+
+    def _as_opened(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Opened:
+        where, head = self._header(kind, object_id, place, raw)
+        payload = raw[record.HEADER_BYTES :]
+        if head.form == Form.PATCH:
+            return Opened(self.checked(kind, head, payload, where), None)
+        encoded, plain = record.payload_opened(head, payload, self._sizes[kind], where, self.domain)
+        self._check(kind, head, plain, where)
+        return Opened(plain, (Codec(head.codec), encoded))
+
+    def _header(
+        self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview
+    ) -> tuple[str, record.RecordHeader]:
+        """Where a record lies, for messages, and its header, when it is the one that the index names."""
+        where = f"{pack.name(place.pack, self.domain)} at {place.offset}"
         head = record.parse_header(raw, where)
         if head.id != object_id or head.kind != kind:
             raise DamagedError(f"{where}: the record of {head.id.hex()} where that of {object_id.hex()} belongs")
         if head.form != place.form:
             # Were a patch taken for a base, patches could rest on patches, and on themselves.
             raise DamagedError(f"{where}: the record of {head.id.hex()} has not the form that the index names")
-        return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
+        return where, head
 
     def checked(self, kind: RecordKind, head: record.RecordHeader, payload: Buffer, where: str) -> Buffer:
         """The object that a record holds, checked against its id.
@@ -254,17 +325,21 @@ class Objects:
         size_bytes = self._sizes[kind]
         unit_bytes = UNIT_BYTES[kind]
         if head.form == Form.FULL:
-            plain = record.payload_plain(head, payload, size_bytes, where)
-            if len(plain) != size_bytes:
-                raise DamagedError(f"{where}: {len(plain)} bytes where {size_bytes} belong")
+            plain = record.payload_plain(head, payload, size_bytes, where, self.domain)
         else:
             limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
-            patch = record.payload_plain(head, payload, limit_bytes, where)
+            patch = record.payload_plain(head, payload, limit_bytes, where, self.domain)
             base = self._base(kind, record.patch_base(patch, where))
             plain = record.apply_patch(patch, base, unit_bytes, where)
+        self._check(kind, head, plain, where)
+        return plain
+
+    def _check(self, kind: RecordKind, head: record.RecordHeader, plain: Buffer, where: str) -> None:
+        """DamagedError for bytes that are not what the id of the record says."""
+        if len(plain) != self._sizes[kind]:
+            raise DamagedError(f"{where}: {len(plain)} bytes where {self._sizes[kind]} belong")
         if self.identify(kind, plain) != head.id:
             raise DamagedError(f"{where}: the content of {head.id.hex()} does not match its id")
-        return plain
 
     def identify(self, kind: RecordKind, plain: Buffer) -> bytes:
         """The id of plain bytes."""

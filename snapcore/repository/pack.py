@@ -14,7 +14,7 @@ from snapcore.errors import DamagedError, ReadError
 from snapcore.persist import Buffer
 from snapcore.repository import envelope, record, table
 from snapcore.repository.codec import Codec
-from snapcore.repository.domain import ZERO_ID
+from snapcore.repository.domain import PLAIN, ZERO_ID, Domain
 from snapcore.repository.envelope import Kind
 from snapcore.repository.record import Form, Record, RecordHeader, RecordKind
 from snapcore.repository.table import Table, TableBuilder
@@ -29,12 +29,13 @@ _STRETCH_BYTES = 64 << 10
 
 _FOOTER = struct.Struct("<8sQQQ")
 _FOOTER_MAGIC = b"SNAPFOOT"
-_NAME = re.compile(r"packs/[0-9a-f]{32}")
+PREFIX = "packs/"
+_NAME = re.compile(r"packs/(?:([0-9a-f]{32})/)?([0-9a-f]{32})")
 
 
-def name(pack_id: bytes) -> str:
+def name(pack_id: bytes, domain: Domain = PLAIN) -> str:
     """Name of a pack in the store."""
-    return f"packs/{pack_id.hex()}"
+    return f"{PREFIX}{domain.folder}{pack_id.hex()}"
 
 
 def is_name(found: str) -> bool:
@@ -42,22 +43,25 @@ def is_name(found: str) -> bool:
     return _NAME.fullmatch(found) is not None
 
 
-def sizes(store: Lister) -> dict[bytes, int]:
-    """Id and size in bytes of every pack in a store; what has no name of a pack is left out."""
-    return {
-        bytes.fromhex(found.removeprefix("packs/")): size_bytes
-        for found, size_bytes in store.list("packs/")
-        if is_name(found)
-    }
+def sizes(store: Lister, domain: Domain = PLAIN) -> dict[bytes, int]:
+    """Id and size in bytes of every pack of a domain in a store; what has no name of a pack is left out."""
+    found = {}
+    for listed, size_bytes in store.list(PREFIX + domain.folder):
+        match = _NAME.fullmatch(listed)
+        if match and match[1] == domain.key_id:
+            found[bytes.fromhex(match[2])] = size_bytes
+    return found
 
 
 class PackBuilder:
-    """A pack in the making, in memory."""
+    """A pack of a domain in the making, in memory. It takes no record that is not sealed as the domain is."""
 
-    def __init__(self) -> None:
+    def __init__(self, domain: Domain = PLAIN) -> None:
         self.id = secrets.token_bytes(16)
+        self.name = name(self.id, domain)
         self.size_bytes = envelope.HEADER_BYTES
-        self._buffers: list[Buffer] = [envelope.header(Kind.PACK, self.id, 0)]
+        self._domain = domain
+        self._buffers: list[Buffer] = [envelope.header(Kind.PACK, self.id, 0, domain)]
         self._builder = TableBuilder()
         self._records: dict[int, int] = {}
 
@@ -66,6 +70,8 @@ class PackBuilder:
 
     def add(self, item: Record) -> int:
         """Append a record. Returns its offset."""
+        if item.sealed != (self._domain.sealing is not None):
+            raise ValueError(f"the record of {item.id.hex()} is not sealed as the domain of the pack is")
         offset_bytes = self.size_bytes
         self._records[offset_bytes] = len(self._buffers)
         self._buffers += (item.header, item.payload)
@@ -81,15 +87,25 @@ class PackBuilder:
     def finish(self) -> tuple[list[Buffer], Table]:
         """All buffers of the whole pack, and the table of what lies in it."""
         contents = self._builder.table()
-        directory = record.make(RecordKind.DIRECTORY, ZERO_ID, contents.to_bytes(), "none")
+        directory = record.make(RecordKind.DIRECTORY, ZERO_ID, contents.to_bytes(), "none", domain=self._domain)
         fields = struct.pack("<8sQQ", _FOOTER_MAGIC, self.size_bytes, directory.stored_bytes)
         footer = fields + xxhash.xxh3_64_intdigest(fields).to_bytes(8, "little")
         return [*self._buffers, directory.header, directory.payload, footer], contents
 
 
-def read_directory(store: Reader, pack_id: bytes, size_bytes: int) -> Table:
+def read_directory(store: Reader, pack_id: bytes, size_bytes: int, domain: Domain = PLAIN) -> Table:
     """The table at the end of a pack; DamagedError when it cannot be read (then `records` still may)."""
-    where = name(pack_id)
+    where = name(pack_id, domain)
+    head, data = stored_directory(store, where, size_bytes)
+    body = record.payload_plain(head, data, DIRECTORY_LIMIT_BYTES, where, domain)
+    contents = table.parse(body, f"directory of {where}")
+    if any(found != pack_id for found in contents.packs):
+        raise DamagedError(f"{where}: its directory speaks of another pack; it was moved or exchanged")
+    return contents
+
+
+def stored_directory(store: Reader, where: str, size_bytes: int) -> tuple[RecordHeader, bytes]:
+    """Header and payload of the directory record, as stored, of the pack of that name."""
     if size_bytes < envelope.HEADER_BYTES + record.HEADER_BYTES + FOOTER_BYTES:
         raise DamagedError(f"{where} has {size_bytes} bytes, too few for a pack")
     footer = store.get_range(where, size_bytes - FOOTER_BYTES, FOOTER_BYTES)
@@ -103,22 +119,18 @@ def read_directory(store: Reader, pack_id: bytes, size_bytes: int) -> Table:
     head = record.parse_header(data, f"{where} at {offset_bytes}")
     if head.kind != RecordKind.DIRECTORY:
         raise DamagedError(f"{where} at {offset_bytes}: a {head.kind.name.lower()} where the directory belongs")
-    body = record.payload_plain(head, data[record.HEADER_BYTES :], DIRECTORY_LIMIT_BYTES, where)
-    contents = table.parse(body, f"directory of {where}")
-    if any(found != pack_id for found in contents.packs):
-        raise DamagedError(f"{where}: its directory speaks of another pack; it was moved or exchanged")
-    return contents
+    return head, data[record.HEADER_BYTES :]
 
 
-def contents(store: Reader, pack_id: bytes, size_bytes: int) -> Table:
+def contents(store: Reader, pack_id: bytes, size_bytes: int, domain: Domain = PLAIN) -> Table:
     """The table of what lies in a pack: its directory, or what a scan still finds where that cannot be read."""
     try:
-        return read_directory(store, pack_id, size_bytes)
+        return read_directory(store, pack_id, size_bytes, domain)
     except (DamagedError, ReadError):
-        where = name(pack_id)
+        where = name(pack_id, domain)
         if size_bytes > PACK_LIMIT_BYTES:
             raise DamagedError(f"{where} has {size_bytes} bytes where {PACK_LIMIT_BYTES} are the most") from None
-        return scan_directory(b"".join(_readable(store, where, 0, size_bytes)), pack_id)
+        return scan_directory(b"".join(_readable(store, where, 0, size_bytes)), pack_id, domain)
 
 
 def _readable(store: Reader, where: str, offset_bytes: int, length_bytes: int) -> Iterator[bytes]:
@@ -181,16 +193,16 @@ def records(data: Buffer, where: str) -> Iterator[Found]:
         offset_bytes = stop
 
 
-def scan_directory(data: Buffer, pack_id: bytes) -> Table:
+def scan_directory(data: Buffer, pack_id: bytes, domain: Domain = PLAIN) -> Table:
     """The table of what can still be read of a pack whose directory is lost."""
-    where = name(pack_id)
+    where = name(pack_id, domain)
     builder = TableBuilder()
     for found in records(data, where):
         head = found.header
         if head is None or head.kind == RecordKind.DIRECTORY:
             continue
         try:
-            plain = record.payload_plain(head, found.payload, table.STORED_LIMIT_BYTES, where)
+            plain = record.payload_plain(head, found.payload, table.STORED_LIMIT_BYTES, where, domain)
             base = record.patch_base(plain, where) if head.form == Form.PATCH else None
         except DamagedError:
             continue

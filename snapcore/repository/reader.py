@@ -17,13 +17,16 @@ from snapcore.repository import tree
 from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
-from snapcore.repository.tree import FANOUT
+from snapcore.repository.table import ids_of
+from snapcore.repository.tree import FANOUT, Node
 
 _CHUNKS_KEPT_BYTES = 16 << 20
 
 
 class SnapshotReader(io.RawIOBase):
     """Random access to the bytes of a snapshot. Every chunk is checked against its id; safe from many threads.
+
+    It is a `Source` too: for exports, and for pools that import it.
 
     `read`, `seek`, `tell` and `readinto` work as with any raw file; `pread_into` needs no position. Memory: 16 MiB of
     chunks.
@@ -41,6 +44,46 @@ class SnapshotReader(io.RawIOBase):
     def size_bytes(self) -> int:
         """Length of the disk."""
         return self.snapshot.size_bytes
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+        return f"snapshot {self.snapshot.id}"
+
+    def data_extents(self) -> Extents:
+        """Chunks that are not zero; see `Source.data_extents`."""
+        found = [extents.empty()]
+        for first, leaf in tree.leaves(self.snapshot.tree, self._objects.node, stop=self.snapshot.chunks):
+            chunks = first + np.flatnonzero(leaf.any(axis=1))
+            found.append(extents.from_blocks(chunks, self._objects.chunk_bytes, self.size_bytes))
+        return extents.merged(np.concatenate(found))
+
+    def read_into(self, target: memoryview, offset_bytes: int) -> None:
+        """Fill `target`, neighbours in a pack in one go; see `Source.read_into`. DamagedError as for `pread_into`."""
+        size = self._objects.chunk_bytes
+        first, stop = offset_bytes // size, -(-(offset_bytes + len(target)) // size)
+        if stop * size > self.snapshot.chunks * size:
+            raise UsageError(f"{self.name} has {self.size_bytes} bytes; {len(target)} at {offset_bytes} are not in it")
+        ids = self._ids(first, stop)
+        filled = np.flatnonzero(ids.any(axis=1))
+        target[:] = bytes(len(target))
+        for number, plain in self._objects.chunks(ids_of(ids[filled].tobytes())):
+            if isinstance(plain, DamagedError):
+                raise plain
+            at = (first + int(filled[number])) * size - offset_bytes
+            begin, end = max(at, 0), min(at + size, len(target))
+            target[begin:end] = memoryview(plain)[begin - at : end - at]
+
+    def _ids(self, first: int, stop: int) -> Node:
+        """The ids of chunks that follow each other."""
+        found = np.zeros((stop - first, len(ZERO_ID)), dtype=np.uint8)
+        for base, leaf in tree.leaves(self.snapshot.tree, self._objects.node, first, stop):
+            begin, end = max(base, first), min(base + FANOUT, stop)
+            found[begin - first : end - first] = leaf[begin - base : end - base]
+        return found
+
+    def check_unchanged(self) -> None:
+        """A snapshot never changes; see `Source.check_unchanged`."""
 
     def pread_into(self, buffer: BufferLike, offset_bytes: int) -> int:
         """Fill `buffer` from the disk.
@@ -87,7 +130,7 @@ class SnapshotReader(io.RawIOBase):
         for begin, node in tree.leaves(self.snapshot.tree, self._objects.node, first, last):
             low = max(0, first - begin)
             slots = tree.used_slots(node[low : last - begin]) + low
-            for number, plain in self._objects.chunks(node[slots]):
+            for number, plain in self._objects.chunks(ids_of(node[slots].tobytes())):
                 if isinstance(plain, DamagedError):
                     raise plain
                 start = (begin + int(slots[number])) * size

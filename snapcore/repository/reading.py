@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,17 @@ class Outcome:
     changed_chunks: int
     more_chunks: int
     records: list[Record]
+
+
+@runtime_checkable
+class RecordSource(Source, Protocol):
+    """A source whose chunks are records somewhere already: it makes of a span what `Reading` makes of bytes.
+
+    Its list of changes is known to be true, and no fingerprints are kept.
+    """
+
+    def reading(self, objects: Objects, parent: Root, *, suspect: Extents, compression: str) -> Reading:
+        """The work on one span; safe on many threads at once."""
 
 
 class Reading:
@@ -181,7 +193,7 @@ class Reading:
         contents = [
             storer.content(RecordKind.CHUNK, ids[slot].tobytes(), plains[slot], bases.get(slot)) for slot in slots
         ]
-        return record.make_many(RecordKind.CHUNK, contents, self._compression)
+        return record.make_many(RecordKind.CHUNK, contents, self._compression, self._objects.domain)
 
     def _suspect_mask(self, first: int, count: int) -> Mask:
         mask = np.zeros(count, dtype=np.bool)

@@ -16,9 +16,10 @@ import xxhash
 
 from snapcore import scan
 from snapcore.errors import DamagedError, UnsupportedFormatError
+from snapcore.keys.sealing import RECORD_OVERHEAD_BYTES, RecordSealer
 from snapcore.persist import Buffer
 from snapcore.repository import codec
-from snapcore.repository.domain import ID_BYTES
+from snapcore.repository.domain import ID_BYTES, PLAIN, Domain
 
 HEADER_BYTES = 64
 CHUNK_UNIT_BYTES = 4096
@@ -27,6 +28,9 @@ NODE_UNIT_BYTES = 32
 _MAGIC = b"SREC"
 _HEADER = struct.Struct("<4sBBBBII32sQ")
 _CHECKED_BYTES = _HEADER.size
+# What a sealed payload is bound to: the header up to its checksums.
+BOUND_BYTES = 48
+_SEAL_AT = 7
 _PATCH = struct.Struct("<32sII")
 
 
@@ -70,6 +74,11 @@ class Record:
     base: bytes | None
 
     @property
+    def sealed(self) -> bool:
+        """Whether the payload is sealed."""
+        return self.header[_SEAL_AT] != 0
+
+    @property
     def stored_bytes(self) -> int:
         """Header and payload."""
         return HEADER_BYTES + len(self.payload)
@@ -94,26 +103,64 @@ class RecordHeader:
     plain_bytes: int
     id: bytes
     checksum: int
+    sealed: bool
+    bound: bytes
 
 
-def make(kind: RecordKind, record_id: bytes, plain: Buffer, compression: str, base: bytes | None = None) -> Record:
+def make(
+    kind: RecordKind,
+    record_id: bytes,
+    plain: Buffer,
+    compression: str,
+    base: bytes | None = None,
+    domain: Domain = PLAIN,
+) -> Record:
     """A record of `plain`: the whole object, or the plain form of a patch when a base is named."""
-    return make_many(kind, [Content(record_id, plain, base)], compression)[0]
+    return make_many(kind, [Content(record_id, plain, base)], compression, domain)[0]
 
 
-def make_many(kind: RecordKind, contents: Sequence[Content], compression: str) -> list[Record]:
-    """A record of each."""
+def make_many(kind: RecordKind, contents: Sequence[Content], compression: str, domain: Domain = PLAIN) -> list[Record]:
+    """A record of each, sealed where the domain is."""
     encoded = codec.encode_many([content.plain for content in contents], compression)
-    return [_record(kind, content, *form) for content, form in zip(contents, encoded, strict=True)]
+    return make_encoded(kind, contents, encoded, domain)
+
+
+def make_encoded(
+    kind: RecordKind, contents: Sequence[Content], encoded: Sequence[tuple[codec.Codec, Buffer]], domain: Domain = PLAIN
+) -> list[Record]:
+    """A record of each, which is encoded already, sealed where the domain is."""
+    if domain.sealing is None:
+        return [_record(kind, content, *form) for content, form in zip(contents, encoded, strict=True)]
+    sealer = domain.sealing.record_sealer()
+    return [
+        _sealed_record(kind, content, *form, sealer, domain.id) for content, form in zip(contents, encoded, strict=True)
+    ]
 
 
 def _record(kind: RecordKind, content: Content, how: codec.Codec, payload: Buffer) -> Record:
-    plain_bytes = len(content.plain)
+    bound = _bound(kind, content, how, False, len(payload))
+    return _finished(kind, content, how, bound, payload)
+
+
+def _sealed_record(
+    kind: RecordKind, content: Content, how: codec.Codec, payload: Buffer, sealer: RecordSealer, domain_id: bytes
+) -> Record:
+    bound = _bound(kind, content, how, True, len(payload) + RECORD_OVERHEAD_BYTES)
+    return _finished(kind, content, how, bound, sealer.seal(payload, bound + domain_id))
+
+
+def _bound(kind: RecordKind, content: Content, how: codec.Codec, sealed: bool, stored_bytes: int) -> bytes:
+    """The header up to its checksums."""
     form = Form.FULL if content.base is None else Form.PATCH
-    checksum = xxhash.xxh3_64_intdigest(payload)
-    checked = _HEADER.pack(_MAGIC, kind, how, form, 0, len(payload), plain_bytes, content.id, checksum)
+    plain_bytes = len(content.plain)
+    return _HEADER.pack(_MAGIC, kind, how, form, sealed, stored_bytes, plain_bytes, content.id, 0)[:BOUND_BYTES]
+
+
+def _finished(kind: RecordKind, content: Content, how: codec.Codec, bound: bytes, payload: Buffer) -> Record:
+    checked = bound + xxhash.xxh3_64_intdigest(payload).to_bytes(8, "little")
     header = checked + xxhash.xxh3_64_intdigest(checked).to_bytes(8, "little")
-    return Record(kind, form, content.id, header, payload, how, plain_bytes, content.base)
+    form = Form.FULL if content.base is None else Form.PATCH
+    return Record(kind, form, content.id, header, payload, how, len(content.plain), content.base)
 
 
 def parse_header(data: Buffer, where: str) -> RecordHeader:
@@ -131,23 +178,43 @@ def parse_header(data: Buffer, where: str) -> RecordHeader:
     claimed = int.from_bytes(data[_CHECKED_BYTES:HEADER_BYTES], "little")
     if xxhash.xxh3_64_intdigest(data[:_CHECKED_BYTES]) != claimed:
         raise DamagedError(f"{where}: the record's header does not match its checksum")
-    if seal != 0 or kind not in (1, 2, 3) or form not in (0, 1):
+    if seal not in (0, 1) or kind not in (1, 2, 3) or form not in (0, 1):
         raise UnsupportedFormatError(
             f"{where}: a record of kind {kind}, form {form}, seal {seal}; install a newer version"
         )
-    return RecordHeader(RecordKind(kind), Form(form), how, payload_bytes, plain_bytes, record_id, checksum)
+    bound = bytes(data[:BOUND_BYTES])
+    return RecordHeader(
+        RecordKind(kind), Form(form), how, payload_bytes, plain_bytes, record_id, checksum, seal == 1, bound
+    )
 
 
-def payload_plain(head: RecordHeader, payload: Buffer, limit_bytes: int, where: str) -> Buffer:
-    """Check and decode a payload: the object itself, or the plain form of a patch."""
+def check_payload(head: RecordHeader, payload: Buffer, where: str) -> None:
+    """Check a payload as it is stored, for which no key is needed; DamagedError when it is not what it was."""
     if len(payload) != head.payload_bytes:
         raise DamagedError(f"{where}: a payload of {len(payload)} bytes where {head.payload_bytes} belong")
-    if head.plain_bytes > limit_bytes:
-        raise DamagedError(f"{where}: says that it decodes to {head.plain_bytes} of at most {limit_bytes} bytes")
     if xxhash.xxh3_64_intdigest(payload) != head.checksum:
         raise DamagedError(f"{where}: the payload does not match its checksum")
+
+
+def payload_plain(head: RecordHeader, payload: Buffer, limit_bytes: int, where: str, domain: Domain = PLAIN) -> Buffer:
+    """Check, open and decode a payload: the object itself, or the plain form of a patch."""
+    return payload_opened(head, payload, limit_bytes, where, domain)[1]
+
+
+def payload_opened(
+    head: RecordHeader, payload: Buffer, limit_bytes: int, where: str, domain: Domain = PLAIN
+) -> tuple[Buffer, Buffer]:
+    """Check, open and decode a payload: as it is between the two, and decoded."""
+    if head.plain_bytes > limit_bytes:
+        raise DamagedError(f"{where}: says that it decodes to {head.plain_bytes} of at most {limit_bytes} bytes")
+    check_payload(head, payload, where)
+    if head.sealed != (domain.sealing is not None):
+        found = "a sealed record where open ones belong" if head.sealed else "an open record in a sealed domain"
+        raise DamagedError(f"{where}: {found}")
     try:
-        return codec.decode(head.codec, payload, head.plain_bytes)
+        if domain.sealing is not None:
+            payload = domain.sealing.open_record(payload, head.bound + domain.id)
+        return payload, codec.decode(head.codec, payload, head.plain_bytes)
     except DamagedError as error:
         raise DamagedError(f"{where}: {error}") from error
 

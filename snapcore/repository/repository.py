@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from snapcore import extents
-from snapcore.errors import DamagedError, NotFoundError, ReadError, UnsupportedFormatError, UsageError
+from snapcore.errors import (
+    DamagedError,
+    LockedError,
+    NotFoundError,
+    ReadError,
+    RefusedError,
+    UnsupportedFormatError,
+    UsageError,
+)
 from snapcore.extents import Extents
+from snapcore.keys import Holder
 from snapcore.persist import Medium
 from snapcore.progress import ProgressCallback
 from snapcore.repository import (
     codec,
     collect,
     config,
+    copy,
+    copy_rules,
     create,
+    lineage,
     manifest,
     marks,
     rebuild,
     restore,
     session,
+    summaries,
     tree,
     verify,
 )
-from snapcore.repository.collect import Collected
+from snapcore.repository.collect import Collected, Patience
 from snapcore.repository.config import CHUNK_BYTES, Config
 from snapcore.repository.context import Context
+from snapcore.repository.copy import Copied, Way
+from snapcore.repository.copy_rules import Destination
 from snapcore.repository.create import Created, Request
-from snapcore.repository.domain import PLAIN
+from snapcore.repository.domain import PLAIN, Domain
+from snapcore.repository.keyring import Key, Keyring
+from snapcore.repository.lineage import KeyChoice
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.marks import Usage
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
+from snapcore.repository.share import Share, Whole
 from snapcore.repository.verify import Verified
 from snapcore.source import Source, open_source, open_target
 from snapcore.store import Store, open_store, with_cache
@@ -48,17 +67,35 @@ SnapshotLike = Manifest | str
 _ID_PART = re.compile(r"[0-9a-f]{4,32}")
 
 
+@dataclass(frozen=True, slots=True)
+class LockedSnapshot:
+    """A snapshot under a key that is not unlocked: that it is there is all that can be told.
+
+    Attributes
+    ----------
+    id : str
+    key : str
+        Id of the key.
+    """
+
+    id: str
+    key: str
+
+
 class Repository:
     """A repository. Make one with `Repository.create`, open it with `Repository.open`.
 
-    Every method may be called from many threads and processes at once; `collect` refuses while a snapshot is being
-    taken, and says by whom.
+    What is sealed under a key is seen once the key is unlocked: `open` with its holder, or `unlock`. `keyring` makes
+    keys and changes who holds them.
+
+    Every method may be called from many threads, processes and hosts at once, `collect` among them.
     """
 
     def __init__(self, store: Store, found: Config) -> None:
         self._context = Context(with_cache(store, found.id), found, PLAIN)
         # What looks after the store itself sees no cache of it.
         self._direct = replace(self._context, store=store)
+        self.keyring = Keyring(store)
 
     @classmethod
     def create(
@@ -84,10 +121,49 @@ class Repository:
         return cls(store, config.create(store, chunk_bytes, compression))
 
     @classmethod
-    def open(cls, place: str | os.PathLike[str] | Store) -> Repository:
-        """Open a repository; NotFoundError where there is none, UnsupportedFormatError for a newer one."""
+    def open(cls, place: str | os.PathLike[str] | Store, *, keys: Sequence[Holder] = ()) -> Repository:
+        """Open a repository, and unlock keys of it.
+
+        Parameters
+        ----------
+        place : path or Store
+        keys : sequence of Holder
+            `KeyFile`, `Passphrase`, `AwsKms` or others; each must open a key.
+
+        Raises
+        ------
+        NotFoundError
+            There is none.
+        LockedError
+            One of the holders opens no key.
+        UnsupportedFormatError
+            It is a newer one.
+        """
         store = open_store(place)
-        return cls(store, config.load(store))
+        opened = cls(store, config.load(store))
+        for holder in keys:
+            opened.unlock(holder)
+        return opened
+
+    def unlock(self, holder: Holder) -> list[Key]:
+        """Unlock every key that a holder opens; LockedError when it opens none."""
+        return self.keyring.unlock(holder)
+
+    def _of(self, domain: Domain) -> Context:
+        """What work on a domain needs. LockedError when its key was disabled."""
+        self.keyring.check_enabled(domain)
+        return replace(self._context, domain=domain)
+
+    def _of_snapshot(self, snapshot: Manifest) -> Context:
+        domain_id = PLAIN.id if snapshot.key is None else bytes.fromhex(snapshot.key)
+        domain = self.keyring.domains.get(domain_id)
+        if domain is None:
+            raise self.keyring.locked(LockedError(f"the snapshot {snapshot.id} is sealed", snapshot.key))
+        return self._of(domain)
+
+    def _all(self) -> list[Context]:
+        """All domains that are unlocked, for who looks after the store itself."""
+        return [replace(self._direct, domain=self._of(domain).domain) for domain in self.keyring.domains.values()]
 
     @property
     def url(self) -> str:
@@ -121,6 +197,7 @@ class Repository:
         compression: str | None = None,
         label: str | None = None,
         tags: dict[str, str] | None = None,
+        key: str | KeyChoice | None = None,
         progress: ProgressCallback | None = None,
         executor: Executor | None = None,
     ) -> Created:
@@ -147,6 +224,9 @@ class Repository:
             A name to find the snapshot by: 1 to 255 printable characters that do not look like an id.
         tags : dict of str, optional
             For people: up to 64, keys of up to 128 characters, values of up to 256.
+        key : str or NO_KEY, optional
+            Name or id of the unlocked key that it shall be under, or under none. Default: that of the disk's chain,
+            or of the parent. The first snapshot of a disk in a repository that has keys must say.
         progress : callable, optional
             Gets a `Progress` for each span; raising there cancels, and nothing is visible of the snapshot.
         executor : concurrent.futures.Executor, optional
@@ -157,20 +237,35 @@ class Repository:
         ------
         SourceChangedError
             The source was written meanwhile, or `changed` does not name everything.
+        LockedError
+            The key is not unlocked, or disabled.
+        RefusedError
+            The disk's chain is under another key, or would become a plain one.
         BusyError, FencedError, ReadError, OutOfSpaceError, NotFoundError, UsageError, StoreError
         """
         if label is not None and (not label.isprintable() or not 1 <= len(label) <= 255 or _ID_PART.fullmatch(label)):
             raise UsageError(
                 f"a snapshot's name has 1 to 255 printable signs and does not look like an id, not {label!r}"
             )
+        manifest.check_disk(disk)
+        line = lineage.choose(
+            self.keyring,
+            self.url,
+            disk,
+            key,
+            None if parent is None else self.find(parent),
+            lambda domain: create.newest(replace(self._context, domain=domain), disk) is not None,
+        )
         request = Request(
-            disk=manifest.check_disk(disk),
-            parent=None if parent is None else self.find(parent),
-            changed=None if changed is None else _changed(changed),
+            disk=disk,
+            parent=line.parent,
+            # A list of changes speaks of the parent that was named.
+            changed=None if changed is None or line.reason else _changed(changed),
             paranoid=paranoid,
             compression=None if compression is None else codec.check_compression(compression),
             label=label,
             tags=manifest.check_tags(tags or {}),
+            reason=line.reason,
         )
         with ExitStack() as stack:
             if isinstance(source, (str, os.PathLike)):
@@ -181,20 +276,144 @@ class Repository:
                 raise UsageError(
                     f"{opened.name} has {opened.size_bytes} bytes; {manifest.SIZE_LIMIT_BYTES} are the most"
                 )
-            return create.create(self._context, opened, request, progress, executor)
+            return create.create(replace(self._context, domain=line.domain), opened, request, progress, executor)
+
+    def copy_from(
+        self,
+        source: Repository,
+        snapshots: Sequence[SnapshotLike],
+        *,
+        key: str | KeyChoice | None = None,
+        chain: bool = False,
+        limit_bytes_per_s: int | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Iterator[Copied]:
+        """Copy snapshots of another repository into this one, or of this one under another key.
+
+        Each is durable when it is yielded. A copy has a new id, no tags, and says in `copied` where it comes from. An
+        interrupted one is started again: what it stored is used. What is refused is so before anything is copied.
+
+        Parameters
+        ----------
+        source : Repository
+            May be this one.
+        snapshots : sequence of snapshot
+        key : str or NO_KEY, optional
+            Name or id of the unlocked key, of this repository, that the copies shall be under. Default: that of the
+            disk's chain here, else that of the source, when it is a key of this repository too (`Keyring.share`).
+        chain : bool
+            Of each disk, copy all earlier snapshots too, oldest first, but those that have a copy here.
+        limit_bytes_per_s : int, optional
+            Read no more than that of the source.
+        progress, executor
+            As in `snapshot`; for each snapshot anew.
+
+        Raises
+        ------
+        RefusedError
+            What is encrypted would become plain, or a copy in the same repository would not be under another key.
+        LockedError
+            The key of a source, or that of a copy, is not unlocked, or disabled.
+        BusyError, FencedError, DamagedError, NotFoundError, OutOfSpaceError, UsageError, StoreError
+        """
+        wanted = [source.find(snapshot) for snapshot in snapshots]
+        ways = [self._way(source, snapshot, key, limit_bytes_per_s) for snapshot in wanted]
+        if not chain:
+            work = list(zip(ways, wanted, strict=True))
+        else:
+            work = [
+                (way, snapshot)
+                for way, last in zip(ways, wanted, strict=True)
+                for snapshot in source._uncopied(way, last)
+            ]
+        done: set[str] = set()
+
+        def each() -> Iterator[Copied]:
+            for way, snapshot in work:
+                if snapshot.id not in done:
+                    done.add(snapshot.id)
+                    yield copy.copy(way, snapshot, progress, executor)
+
+        return each()
+
+    def _way(
+        self, source: Repository, snapshot: Manifest, key: str | KeyChoice | None, limit_bytes_per_s: int | None
+    ) -> Way:
+        origin = source._of_snapshot(snapshot)
+
+        def has_chain(domain: Domain) -> bool:
+            return create.newest(replace(self._context, domain=domain), snapshot.disk) is not None
+
+        to = Destination(self.url, self.keyring, self.id == source.id)
+        chosen = copy_rules.choose(origin.domain, snapshot, to, key, has_chain)
+
+        def others(disk: str) -> bool:
+            contexts = [replace(self._context, domain=domain) for domain in self.keyring.domains.values()]
+            return any(
+                next(copy.copies(origin, context, disk), None) is not None
+                for context in contexts
+                if context.domain.id != chosen.id
+            )
+
+        return Way(origin, replace(self._context, domain=chosen), source.find, others, limit_bytes_per_s)
+
+    def _uncopied(self, way: Way, last: Manifest) -> list[Manifest]:
+        """The snapshots of a chain up to one that have no copy, oldest first."""
+        copied = {
+            found.copied.snapshot
+            for found in copy.copies(way.source, way.target, last.disk)
+            if found.copied is not None
+        }
+        return [
+            found
+            for found in self.snapshots(last.disk)
+            if found.key == last.key and found.sequence <= last.sequence and found.id not in copied
+        ]
 
     def snapshots(self, disk: str | None = None) -> list[Manifest]:
-        """All snapshots, or those of one disk: by disk, in the order of the chain."""
-        names = manifest.names(self._context.store, self._context.domain, disk)
-        found = [self._manifest(name) for name in names]
+        """All snapshots that can be read, or those of one disk: by disk, in the order of the chain.
+
+        Those under keys that are not unlocked are in `locked_snapshots`.
+        """
+        if disk is None:
+            listed = list(manifest.listed(self._context.store))
+        else:
+            domains = self.keyring.domains.values()
+            listed = [item for domain in domains for item in manifest.listed(self._context.store, domain, disk)]
+        held = self._summaries(len(listed))
+        found = []
+        for item in listed:
+            with contextlib.suppress(LockedError):
+                found.append(self._manifest(item[0], held.get(item)))
         return sorted(
             (item for item in found if item is not None),
             key=lambda item: (item.disk, item.sequence, item.created, item.id),
         )
 
-    def _manifest(self, name: str) -> Manifest | None:
+    def locked_snapshots(self) -> list[LockedSnapshot]:
+        """Snapshots under keys that are not unlocked."""
+        found = []
+        listed = list(manifest.listed(self._context.store))
+        held = self._summaries(len(listed))
+        for item in listed:
+            try:
+                self._manifest(item[0], held.get(item))
+            except LockedError as error:
+                found.append(LockedSnapshot(manifest.id_in(item[0]), str(error.key)))
+        return found
+
+    def _summaries(self, count: int) -> dict[tuple[str, int], bytes]:
+        """Bytes of manifests, where so many are to be read that it pays."""
+        return summaries.load(self._context.store) if count > summaries.LOOSE else {}
+
+    def _manifest(self, name: str, data: bytes | None = None) -> Manifest | None:
+        if data is not None:
+            where = f"{self.url}/{name}"
+            with contextlib.suppress(DamagedError):
+                return manifest.parse(data, where, name, self.keyring.domains, self.chunk_bytes)
         try:
-            return manifest.read(self._context.store, name, self._context.domain, self.chunk_bytes)
+            return manifest.read(self._context.store, name, self.keyring.domains, self.chunk_bytes)
         except DamagedError as error:
             raise DamagedError(
                 f"{error}: this snapshot is lost. `snapcore snapshot delete {manifest.id_in(name)}` removes what is "
@@ -210,7 +429,17 @@ class Repository:
             matching = [name for name in names if manifest.id_in(name).startswith(snapshot)]
         else:
             matching = []
-        found = [item for item in (self._manifest(name) for name in matching) if item is not None]
+        found = []
+        locked: LockedError | None = None
+        for name in matching:
+            try:
+                item = self._manifest(name)
+            except LockedError as error:
+                locked = error
+            else:
+                found += [] if item is None else [item]
+        if locked is not None and not found:
+            raise self.keyring.locked(locked)
         if not found:
             found = [item for item in self.snapshots() if item.label == snapshot]
         if not found:
@@ -224,10 +453,14 @@ class Repository:
         """Where two snapshots differ, on chunk borders: int64 array of shape (n, 2), offset and length in bytes.
 
         Any two snapshots of the repository; costs what differs. Behind the end of the smaller disk, everything that is
-        not zero differs.
+        not zero differs. RefusedError for two that are under different keys, for the same content has two ids then.
         """
         old, new = self.find(a), self.find(b)
-        objects = self._context.objects()
+        if old.key != new.key:
+            raise RefusedError(
+                f"the snapshots {old.id} and {new.id} are under different keys: restore both, and compare"
+            )
+        objects = self._of_snapshot(old).objects()
         parts = [np.empty(0, dtype=np.int64)]
         for first, (leaf_a, leaf_b) in tree.differing(
             objects.node, old.tree, new.tree, stop=max(old.chunks, new.chunks)
@@ -266,12 +499,13 @@ class Repository:
         ExistsError, NotFoundError, BusyError, RefusedError, UsageError, DamagedError, OutOfSpaceError, StoreError
         """
         wanted = self.find(snapshot)
+        context = self._of_snapshot(wanted)
         folder = self._context.store.folder
         with open_target(
             os.fspath(target), wanted.size_bytes, in_place=in_place, forbidden_folder=folder, medium=medium
         ) as opened:
             return restore.restore(
-                self._context.objects(),
+                context.objects(),
                 wanted,
                 opened,
                 allow_damaged=allow_damaged,
@@ -281,18 +515,27 @@ class Repository:
 
     def open_snapshot(self, snapshot: SnapshotLike) -> SnapshotReader:
         """A snapshot as a file to read anywhere in."""
-        return SnapshotReader(self._context.objects(), self.find(snapshot))
+        wanted = self.find(snapshot)
+        return SnapshotReader(self._of_snapshot(wanted).objects(), wanted)
 
     def unique(self, snapshots: Sequence[SnapshotLike]) -> Usage:
         """What only these snapshots hold together: the bytes that `delete` and `collect` would free."""
         chosen = [self.find(snapshot) for snapshot in snapshots]
         ids = {snapshot.id for snapshot in chosen}
-        others = [snapshot for snapshot in self.snapshots() if snapshot.id not in ids]
-        return marks.unique(self._context.objects(), chosen, others)
+        return self._usage(chosen, [snapshot for snapshot in self.snapshots() if snapshot.id not in ids])
 
     def usage(self) -> Usage:
-        """What all snapshots hold together."""
-        return marks.unique(self._context.objects(), self.snapshots(), [])
+        """What all snapshots that can be read hold together."""
+        return self._usage(self.snapshots(), [])
+
+    def _usage(self, chosen: list[Manifest], others: list[Manifest]) -> Usage:
+        """What these hold and those do not; chains under different keys share nothing."""
+        parts = [Usage(0, 0)]
+        for key in {snapshot.key for snapshot in chosen}:
+            mine = [snapshot for snapshot in chosen if snapshot.key == key]
+            rest = [snapshot for snapshot in others if snapshot.key == key]
+            parts.append(marks.unique(self._of_snapshot(mine[0]).objects(), mine, rest))
+        return Usage(sum(part.plain_bytes for part in parts), sum(part.stored_bytes for part in parts))
 
     def stored_bytes(self) -> int:
         """Bytes of all objects of the repository."""
@@ -307,39 +550,109 @@ class Repository:
         names = [name for name in manifest.names(self._context.store) if manifest.id_in(name).startswith(wanted)]
         if not _ID_PART.fullmatch(wanted) or len(names) != 1:
             found = self.find(snapshot)
-            names = [manifest.name(self._context.domain, found.disk, found.sequence, found.id)]
-        self._refuse_tombstone(names[0])
-        self._context.store.delete(names[0])
+            names = [manifest.name(self._of_snapshot(found).domain, found.disk, found.sequence, found.id)]
+        domain = self._deletable(names[0])
+        if domain is None:
+            self._context.store.delete(names[0])
+        else:
+            manifest.delete(self._context.store, names[0], domain)
         return manifest.id_in(names[0])
 
-    def _refuse_tombstone(self, name: str) -> None:
-        """NotFoundError for a name that fences a writer: without the tombstone it could commit after all."""
-        with contextlib.suppress(DamagedError, UnsupportedFormatError, ReadError):
-            if self._manifest(name) is None:
-                raise NotFoundError(f"{self.url} has no snapshot {manifest.id_in(name)}; it was never committed")
+    def _deletable(self, name: str) -> Domain | None:
+        """The domain of a snapshot that is to be deleted; None for one that cannot be read, from which nobody begins.
 
-    def collect(self, *, progress: ProgressCallback | None = None) -> Collected:
-        """Free what no snapshot reaches.
+        NotFoundError for a name that fences a writer: without the tombstone it could commit after all.
+        """
+        with contextlib.suppress(DamagedError, UnsupportedFormatError, ReadError):
+            try:
+                found = self._manifest(name)
+            except LockedError as error:
+                raise self.keyring.locked(error) from error
+            if found is None:
+                raise NotFoundError(f"{self.url} has no snapshot {manifest.id_in(name)}; it was never committed")
+            return self._of_snapshot(found).domain
+        return None
+
+    def collect(
+        self,
+        *,
+        wait_s: float = 0.0,
+        patience_s: float = collect.WEEK_S,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+    ) -> Collected:
+        """Free what no snapshot reaches; what is under keys that are not unlocked is left alone.
+
+        Others go on working meanwhile. What a writer may rely on that is at work now is only condemned; the next
+        collection after its end removes it.
+
+        Parameters
+        ----------
+        wait_s : float
+            How long to wait for such writers.
+        patience_s : float
+            Of those that began longer ago nobody waits for the end; they have to take their snapshots again.
+        progress, executor
+            As in `snapshot`.
+
+        Raises
+        ------
+        DamagedError
+            Something reachable is missing: nothing was removed. Run `verify`, and delete or heal what it names.
+        """
+        patience = Patience(wait_s, patience_s)
+        parts = [
+            collect.collect(
+                context, functools.partial(self._snapshots_of, context.domain), patience, progress, executor
+            )
+            for context in self._all()
+        ]
+        return Collected(
+            sum(part.freed_bytes for part in parts),
+            sum(part.removed_packs for part in parts),
+            sum(part.rewritten_packs for part in parts),
+            sum(part.live_bytes for part in parts),
+            sum(part.condemned_packs for part in parts),
+            sum(part.condemned_bytes for part in parts),
+            tuple(found for part in parts for found in part.waiting_for),
+        )
+
+    def _snapshots_of(self, domain: Domain) -> list[Manifest]:
+        return [snapshot for snapshot in self.snapshots() if snapshot.key == domain.key_id]
+
+    def verify(
+        self,
+        *,
+        share: Share | None = None,
+        progress: ProgressCallback | None = None,
+        executor: Executor | None = None,
+        in_flight: int | None = None,
+    ) -> Verified:
+        """Read and check everything. What is damaged is marked, so that the next snapshot stores it again.
+
+        Of what is under keys that are not unlocked, only that it is as it was stored is checked.
+
+        Parameters
+        ----------
+        share : Part or Sample, optional
+            Read only these packs; that every snapshot has all its chunks is checked in any case.
+        progress : callable, optional
+        executor : concurrent.futures.Executor, optional
+            Threads, processes, or workers on other hosts (`dask.distributed.Client.get_executor()`), which open the
+            repository where this one says that it is. The keys that are unlocked go to them with the work.
+        in_flight : int, optional
+            Packs that are checked at once; default: two more than this host has processors.
 
         Raises
         ------
         BusyError
-            A snapshot is being taken, or another collection runs; the message names it.
-        DamagedError
-            Something reachable is missing: nothing was removed. Run `verify`, and delete or heal what it names.
+            Collections keep moving what is being read.
         """
-        return collect.collect(self._direct, self.snapshots, progress)
-
-    def verify(self, *, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
-        """Read and check everything. What is damaged is marked, so that the next snapshot stores it again.
-
-        BusyError when collections keep moving what is being read.
-        """
-        return verify.verify(self._direct, progress, executor)
+        return verify.verify(self._all(), share or Whole(), progress, executor, in_flight)
 
     def rebuild_index(self, *, progress: ProgressCallback | None = None) -> int:
-        """Make the index anew from the packs. Returns the number of entries; refuses like `collect`."""
-        return rebuild.rebuild_index(self._direct, progress)
+        """Make the index anew from the packs. Returns the number of entries."""
+        return sum(rebuild.rebuild_index(context, progress) for context in self._all())
 
     def sessions(self) -> list[Session]:
         """Who works on the repository now, or died at it."""
@@ -348,8 +661,8 @@ class Repository:
     def end_session(self, session_id: str) -> str:
         """End a session, by its id or the beginning of it. Returns the id.
 
-        A writer that lives after all is refused at its commit. A collector must be known to be dead, and so must
-        whoever left a session that is damaged.
+        A writer that lives after all is refused at its commit, and begins anew. Whoever left a session that is damaged
+        must be known to be dead.
         """
         found = [item for item in session.ids(self._context.store) if item.startswith(session_id)]
         if len(found) != 1:

@@ -1,17 +1,11 @@
-"""Sessions: who works on a repository now. A writer registers before it trusts anything that is stored.
+"""Sessions: who works on a repository now, and how far the collections were when they began.
 
-| who | registers, then | and the other one |
-| --- | --- | --- |
-| writer | looks for a collector: withdraws when there is one | is seen by the collector |
-| collector | looks for writers: withdraws when there is one | is seen by the writer |
-
-Both write first and look afterwards, so of two at the same time at least one withdraws. A session can be ended by
-others: a tombstone takes the name of the manifest that its writer would commit, so that a writer which is not
-dead after all is refused at its commit and never leaves a snapshot with missing blocks. How sure one is that it is
-dead is therefore a question of courtesy and not of safety: sessions of processes that are gone from this very
-host are ended without asking, others by `snapcore repo sessions --end ID`. A collector has no commit that could be
-refused: it looks whether its session is still there before it removes anything, and whoever ends it by hand should
-know that it is dead.
+A writer registers with the generation that it has seen, and looks again afterwards; a collection goes on only when all
+writers of older generations have ended (docs/DESIGN.md, "Collection"). A session can be ended by others: a tombstone
+takes the name of the manifest that its writer would commit, so that a writer which is not dead after all is refused at
+its commit and never leaves a snapshot with missing blocks. How sure one is that it is dead is therefore a
+question of courtesy and not of safety: sessions of processes that are gone from this very host are ended without
+asking, others when they have lasted longer than patience allows. Sessions of collectors are for people to see.
 """
 
 from __future__ import annotations
@@ -19,18 +13,22 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from datetime import UTC, datetime
 from functools import cache
 
+import blake3
 import msgspec
 
-from snapcore.errors import BusyError, DamagedError, ExistsError, FencedError, NotFoundError, ReadError
+from snapcore.errors import DamagedError, Error, ExistsError, FencedError, NotFoundError, ReadError
 from snapcore.repository import envelope, manifest
+from snapcore.repository.domain import PLAIN, Domain
 from snapcore.repository.envelope import Kind
 from snapcore.store.interface import Store
 
 PREFIX = "sessions/"
 CREATE, COLLECT = "create", "collect"
+_POLL_S = 0.5
 
 # Sessions that this process has registered and not left.
 _own: set[str] = set()
@@ -53,8 +51,10 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
         UTC, RFC 3339, for people.
     machine : str
         The host's own id, which outlives a reboot; empty where there is none.
+    domain : str
+        Whose packs it works on: the id in hexadecimal, empty for the plain domain.
     generation : int
-        Of the collections that it has seen; reserved.
+        The generation of that domain that it has seen.
     """
 
     id: str
@@ -66,6 +66,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     started: int
     since: str
     machine: str = ""
+    domain: str = ""
     generation: int = 0
 
     @property
@@ -75,21 +76,29 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         """For messages: what, who, since when."""
-        return f"{self.work} {self.id} of process {self.process} on {self.host} since {self.since}"
+        host = self.host or (
+            "this host" if self.machine == _told(_machine(), True) != "" else "a host that it does not tell"
+        )
+        return f"{self.work} {self.id} of process {self.process} on {host} since {self.since}"
 
 
-def register(store: Store, work: str, manifest_name: str | None = None) -> Session:
-    """Write a session of this process."""
+def register(
+    store: Store, work: str, manifest_name: str | None = None, *, domain: Domain = PLAIN, generation: int = 0
+) -> Session:
+    """Write a session of this process (step "register"); of a sealed domain, it tells its host to the host only."""
+    hidden = domain.sealing is not None
     session = Session(
         id=secrets.token_hex(16),
         work=work,
         manifest=manifest_name,
-        host=os.uname().nodename,
-        kernel=_kernel(),
+        host="" if hidden else os.uname().nodename,
+        kernel=_told(_kernel(), hidden),
         process=os.getpid(),
         started=_started(os.getpid()) or 0,
         since=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=_machine(),
+        machine=_told(_machine(), hidden),
+        domain=domain.key_id or "",
+        generation=generation,
     )
     body = msgspec.json.encode(session)
     _own.add(session.id)
@@ -185,6 +194,17 @@ def check(store: Store, own: Session) -> None:
         ) from error
 
 
+def was_ended(store: Store, own: Session) -> bool:
+    """Whether somebody else has ended the own session, as far as the store tells."""
+    try:
+        check(store, own)
+    except FencedError:
+        return True
+    except Error:
+        return False
+    return False
+
+
 def end_dead(store: Store, found: list[Session]) -> list[Session]:
     """End the sessions of processes that are gone from this host. Returns those that are left."""
     left = []
@@ -196,20 +216,52 @@ def end_dead(store: Store, found: list[Session]) -> list[Session]:
     return left
 
 
+def wait_for_older(store: Store, domain: Domain, generation: int, wait_s: float, patience_s: float) -> list[Session]:
+    """Step "wait" of a collector: the writers of older generations that are still at work after `wait_s`.
+
+    Those whose processes are gone, and those that began more than `patience_s` ago, are fenced.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        older = [
+            item
+            for item in sessions(store)
+            if item.work == CREATE and item.domain == (domain.key_id or "") and item.generation < generation
+        ]
+        left = []
+        for session in end_dead(store, older):
+            if _age_s(session) > patience_s:
+                end(store, session)
+            else:
+                left.append(session)
+        if not left or time.monotonic() >= deadline:
+            return left
+        time.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+
+
+def _age_s(session: Session) -> float:
+    """How long ago a session began, by this host's clock; for ever, when that cannot be told."""
+    try:
+        began = datetime.fromisoformat(session.since)
+        return (datetime.now(UTC) - began).total_seconds()
+    except (ValueError, TypeError):
+        return float("inf")
+
+
 def is_gone(session: Session) -> bool:
     """Whether the session's process ran on this host and exists no more.
 
     Of an earlier boot of this very machine none does. Within this boot it is told only for the own process space.
     """
-    kernel = _kernel()
-    if session.host != os.uname().nodename or not session.kernel or not kernel:
+    hidden = not session.host
+    kernel = _told(_kernel(), hidden)
+    if (session.host != os.uname().nodename and not hidden) or not session.kernel or not kernel:
         return False
     if session.kernel != kernel:
         rebooted = session.kernel.split()[0] != kernel.split()[0]
-        # Machines that were cloned share name and id. To end a writer wrongly costs it its commit and no more; a
-        # collector has no commit to refuse, so of an earlier boot it is ended by a human only.
-        same_machine = session.machine != "" and session.machine == _machine()
-        return rebooted and same_machine and session.work == CREATE
+        # Machines that were cloned share name and id. To end a writer wrongly costs it its commit and no more.
+        same_machine = session.machine != "" and session.machine == _told(_machine(), hidden)
+        return rebooted and same_machine
     if session.process == os.getpid():
         return session.id not in _own
     started = _started(session.process)
@@ -217,20 +269,6 @@ def is_gone(session: Session) -> bool:
         # What /proc hides may live all the same.
         return not _exists(session.process)
     return started != session.started
-
-
-def refuse_while_busy(store: Store, own: Session, work: str, url: str) -> None:
-    """BusyError when another session does `work`; the dead ones are ended first."""
-    others = [other for other in sessions(store) if other.id != own.id and other.work == work]
-    busy = end_dead(store, others)
-    if busy:
-        listed = "; ".join(other.describe() for other in busy)
-        command = f"`snapcore repo sessions {url} --end {busy[0].id}`"
-        if work == COLLECT:
-            advice = f"when its process is known to be dead, and only then, end it with {command}"
-        else:
-            advice = f"end one that hangs with {command}: if it lives after all, its commit is refused"
-        raise BusyError(f"{url} is in use: {listed}. Wait for it, or {advice}")
 
 
 @cache
@@ -251,6 +289,17 @@ def _machine() -> str:
             return file.read().strip()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _told(words: str, hidden: bool) -> str:
+    """What a session says of its host; of a hidden one, what only a host that knows the words can compare.
+
+    The first word is a random number of 122 bits or more, so nobody finds the words by trying.
+    """
+    if not hidden:
+        return words
+    told = (f"{words.split()[0]} {word}".encode() for word in words.split())
+    return " ".join(blake3.blake3(word, derive_key_context="snapcore 2026 session").hexdigest(16) for word in told)
 
 
 def _started(process: int) -> int | None:

@@ -22,6 +22,8 @@ from snapcore.store.interface import Reader, Store
 _UPLOADS = 2
 # 2**16 entries stand for 4 GiB of chunks of 64 KiB, and for some 30 MB of Python objects.
 _INDEX_ENTRIES = 1 << 16
+# Behind this many packs an index object is written, so that of an interrupted upload only few packs are named nowhere.
+_INDEX_PACKS = 8
 
 
 class PendingReader:
@@ -56,19 +58,25 @@ class Storer:
         Reads through `reader`; gives the bases of node patches.
     reader : PendingReader
     compression : str
+    seen : int
+        Number of the generation that the session has seen.
     """
 
-    def __init__(self, store: Store, known: Index, objects: Objects, reader: PendingReader, compression: str) -> None:
+    def __init__(
+        self, store: Store, known: Index, objects: Objects, reader: PendingReader, compression: str, seen: int
+    ) -> None:
         self._store = store
         self._index = known
         self._objects = objects
         self._reader = reader
+        self._domain = objects.domain
         self._compression = codec.check_compression(compression)
         self._builders: dict[RecordKind, PackBuilder] = {}
         self._executor = ThreadPoolExecutor(_UPLOADS, thread_name_prefix="snapcore-upload")
         self._uploads: deque[tuple[Future[int], PackBuilder, Table]] = deque()
         self._tables: list[Table] = []
         self._entries = 0
+        self._seen = seen
         self.new_bytes = 0
         self.stored_bytes = 0
 
@@ -82,8 +90,8 @@ class Storer:
     def _append(self, item: Record) -> None:
         builder = self._builders.get(item.kind)
         if builder is None:
-            builder = self._builders[item.kind] = PackBuilder()
-            self._reader.pending[pack.name(builder.id)] = builder
+            builder = self._builders[item.kind] = PackBuilder(self._domain)
+            self._reader.pending[builder.name] = builder
         offset_bytes = builder.add(item)
         place = Place(
             -1, builder.id, offset_bytes, item.stored_bytes, item.plain_bytes, item.kind, item.form, item.base
@@ -99,7 +107,7 @@ class Storer:
         if self._index.find(node_id) is None:
             base = self._objects.bases(RecordKind.NODE, ids_of(old_id))[0] if any(old_id) else None
             found = content(RecordKind.NODE, node_id, plain, base)
-            self._append(record.make_many(RecordKind.NODE, [found], self._compression)[0])
+            self._append(record.make_many(RecordKind.NODE, [found], self._compression, self._domain)[0])
         return node_id
 
     def add_table(self, contents: Table) -> None:
@@ -134,23 +142,23 @@ class Storer:
         buffers, contents = builder.finish()
         while len(self._uploads) >= _UPLOADS:
             self._uploaded()
-        future = self._executor.submit(self._store.put_new, pack.name(builder.id), buffers)
+        future = self._executor.submit(self._store.put_new, builder.name, buffers)
         self._uploads.append((future, builder, contents))
 
     def _uploaded(self) -> None:
         future, builder, contents = self._uploads.popleft()
         self.stored_bytes += future.result()
-        del self._reader.pending[pack.name(builder.id)]
+        del self._reader.pending[builder.name]
         self._tables.append(contents)
         self._entries += len(contents.entries)
-        if self._entries >= _INDEX_ENTRIES:
+        if self._entries >= _INDEX_ENTRIES or len(self._tables) >= _INDEX_PACKS:
             self._write_index()
 
     def _write_index(self) -> None:
         if not self._tables:
             return
         for part in table.split(table.merge(self._tables)):
-            name, size_bytes = index.write(self._store, part)
+            name, size_bytes = index.write(self._store, part, self._domain, self._seen)
             self.stored_bytes += size_bytes
             self._index.written(name, part, size_bytes)
         self._tables.clear()

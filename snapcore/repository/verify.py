@@ -1,13 +1,16 @@
 """Reads everything: each record against its checksums and its id, each tree down to its chunks, each index entry.
 
+Of domains whose key is not unlocked all stored bytes are read and held against their checksums (scrub.py).
 What is bad is named with its pack and offset and with the snapshots and byte ranges that it hits, and marked in the
 repository: marked records count as missing, so the next snapshot with the same content stores them again.
 """
 
 from __future__ import annotations
 
+import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +21,7 @@ from snapcore.errors import (
     BusyError,
     DamagedError,
     Error,
+    LockedError,
     MissingObjectError,
     NotFoundError,
     ReadError,
@@ -26,15 +30,16 @@ from snapcore.errors import (
 from snapcore.extents import Extents
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import damage, intact, manifest, pack, record, tree
+from snapcore.repository import damage, intact, manifest, pack, record, scrub, tree
 from snapcore.repository.context import Context
 from snapcore.repository.damage import Bad
-from snapcore.repository.domain import ZERO_ID
+from snapcore.repository.domain import ZERO_ID, Domain
 from snapcore.repository.index import Index, Place
 from snapcore.repository.intact import Intact
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import RecordKind
+from snapcore.repository.share import Share
 from snapcore.repository.table import Entries, Ids, entry_ids, id_keys, ids_of
 from snapcore.repository.tree import FANOUT, used_slots
 from snapcore.store import Store
@@ -86,8 +91,8 @@ class Verified:
 
     Attributes
     ----------
-    snapshots, packs, records : int
-        How many were read.
+    snapshots, locked_snapshots, packs, records : int
+        How many were read; of locked ones, those under keys that are not unlocked, only the stored bytes were checked.
     plain_bytes, stored_bytes : int
         Of the records: after decoding, and as stored.
     problems : list of Problem
@@ -100,6 +105,7 @@ class Verified:
     """
 
     snapshots: int
+    locked_snapshots: int
     packs: int
     records: int
     plain_bytes: int
@@ -145,22 +151,30 @@ class _Report:
             self.unnamed += 1
 
 
-def verify(context: Context, progress: ProgressCallback | None = None, executor: Executor | None = None) -> Verified:
-    """Read and check everything; see `Repository.verify`."""
+def verify(
+    contexts: Sequence[Context],
+    share: Share,
+    progress: ProgressCallback | None = None,
+    executor: Executor | None = None,
+    in_flight: int | None = None,
+) -> Verified:
+    """Read and check everything; see `Repository.verify`. One context for each domain that is unlocked."""
     started = time.monotonic()
-    store = context.store
+    store = contexts[0].store
     with executor_or_own(executor) as hands:
         for _ in range(_ATTEMPTS):
             before = _names(store)
+            # What is marked in packs that are not read now stays marked.
+            kept = [bad for bad in damage.load(store) if not share.holds(bytes.fromhex(bad.pack))]
             try:
-                found, bad = _attempt(context, progress, hands)
+                found, bad = _attempt_all(contexts, _Way(share, kept, hands, in_flight, progress))
             except (DamagedError, NotFoundError):
                 if before <= _names(store):
                     raise
                 continue
             # What a collection has moved or removed meanwhile is neither bad nor lost.
             if found.ok or before <= _names(store):
-                marked = _mark(context, bad, found.problems)
+                marked = _mark(store, bad + kept, found.problems)
                 return replace(found, marked=marked, duration_s=time.monotonic() - started)
     raise BusyError(
         f"a collection is at work on {store.url}: what is there changed while it was verified, {_ATTEMPTS} times. "
@@ -168,31 +182,84 @@ def verify(context: Context, progress: ProgressCallback | None = None, executor:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Which packs are read and by whom, and what else is known to be bad."""
+
+    share: Share
+    kept: list[Bad]
+    hands: Executor
+    in_flight: int | None
+    progress: ProgressCallback | None
+
+
 def _names(store: Store) -> set[str]:
     """Every index object and pack. Creates only add to them."""
     return {name for prefix in ("index/", "packs/") for name, _ in store.list(prefix)}
 
 
-def _attempt(context: Context, progress: ProgressCallback | None, hands: Executor) -> tuple[Verified, list[Bad]]:
+def _attempt_all(contexts: Sequence[Context], way: _Way) -> tuple[Verified, list[Bad]]:
+    """Read and check every domain once, those without a key as far as that goes."""
+    parts = [_attempt(context, way) for context in contexts]
+    locked, locked_bad = scrub.scrub(
+        contexts[0].store,
+        frozenset(context.domain.id for context in contexts),
+        way.share,
+        way.progress,
+        way.hands,
+        way.in_flight,
+    )
+    problems = [Problem(where, what) for where, what in locked.problems]
+    strays = [name for name, _ in contexts[0].store.list(pack.PREFIX) if not pack.is_name(name)]
+    problems += [Problem(name, "this is no name of a pack; remove what does not belong there") for name in strays]
+    found = [part for part, _ in parts]
+    return (
+        Verified(
+            snapshots=sum(part.snapshots for part in found),
+            locked_snapshots=locked.snapshots,
+            packs=sum(part.packs for part in found) + locked.packs,
+            records=sum(part.records for part in found) + locked.records,
+            plain_bytes=sum(part.plain_bytes for part in found),
+            stored_bytes=sum(part.stored_bytes for part in found) + locked.stored_bytes,
+            # A manifest whose header is damaged is met with every domain.
+            problems=list(dict.fromkeys([problem for part in found for problem in part.problems] + problems)),
+            hits=[hit for part in found for hit in part.hits],
+            marked=0,
+            duration_s=0.0,
+        ),
+        [bad for _, rows in parts for bad in rows] + locked_bad,
+    )
+
+
+def _attempt(context: Context, way: _Way) -> tuple[Verified, list[Bad]]:
     """Read and check everything once. Returns also what is to be marked."""
     problems: list[Problem] = []
     snapshots = _snapshots(context, problems)
+
+    def there() -> set[bytes]:
+        return set(pack.sizes(context.store, context.domain))
+
     # Marks of an earlier verify are left out here: a record that reads well again counts as good again.
-    known = Index.load(context.store, damaged=lambda name, error: problems.append(Problem(name, str(error))))
+    known = Index.load(
+        context.store,
+        damaged=lambda name, error: problems.append(Problem(name, str(error))),
+        domain=context.domain,
+        there=there,
+    )
     objects = Objects(context.store, known, context.domain, context.config.chunk_bytes)
-    tasks = _tasks(context, known)
-    strays = [name for name, _ in context.store.list("packs/") if not pack.is_name(name)]
-    problems += [Problem(name, "this is no name of a pack; remove what does not belong there") for name in strays]
-    meter = Meter(progress, "verify", sum(task.size_bytes or 0 for task in tasks))
+    tasks = [task for task in _tasks(context, known) if way.share.holds(task.pack_id)]
+    meter = Meter(way.progress, "verify", sum(task.size_bytes or 0 for task in tasks))
     reports = []
-    for report in in_order(hands, _CheckPack(context.store, objects), tasks):
+    for report in in_order(way.hands, _CheckPack(context.store, objects), tasks, way.in_flight):
         meter.advance(report.size_bytes)
         reports.append(report)
         problems += report.problems
     bad = [row for report in reports for row in report.bad]
     sound = None
-    if bad:
-        rest = Index.load(context.store, damage.places(bad), damaged=lambda *_: None)
+    if bad or way.kept:
+        rest = Index.load(
+            context.store, damage.places(bad + way.kept), damaged=lambda *_: None, domain=context.domain, there=there
+        )
         objects = Objects(context.store, rest, context.domain, context.config.chunk_bytes)
     elif not any(report.lost for report in reports):
         sound = _Sound(known)
@@ -203,6 +270,7 @@ def _attempt(context: Context, progress: ProgressCallback | None, hands: Executo
         problems += [problem for report in reports for problem in report.lost_problems]
     found = Verified(
         len(snapshots),
+        0,
         len(tasks),
         sum(report.records for report in reports),
         sum(report.plain_bytes for report in reports),
@@ -216,11 +284,13 @@ def _attempt(context: Context, progress: ProgressCallback | None, hands: Executo
 
 
 def _snapshots(context: Context, problems: list[Problem]) -> list[Manifest]:
-    """All manifests that can be read."""
+    """All manifests of the domain that can be read."""
     found = []
     for name, _ in list(context.store.list(manifest.PREFIX)):
         try:
-            read = manifest.read(context.store, name, context.domain, context.config.chunk_bytes)
+            read = manifest.read(context.store, name, context.domains, context.config.chunk_bytes)
+        except LockedError:
+            continue
         except (DamagedError, UnsupportedFormatError, ReadError, ValueError) as error:
             problems.append(Problem(name, f"this snapshot is lost: {error}"))
         else:
@@ -237,7 +307,7 @@ def _tasks(context: Context, known: Index) -> list[_Task]:
         borders = np.searchsorted(rows["pack"], np.arange(len(contents.packs) + 1))
         for number, pack_id in enumerate(contents.packs):
             entries.setdefault(pack_id, []).append(rows[borders[number] : borders[number + 1]])
-    sizes = pack.sizes(context.store)
+    sizes = pack.sizes(context.store, context.domain)
     return [_Task(pack_id, sizes.get(pack_id), entries.get(pack_id, [])) for pack_id in sorted(sizes | entries)]
 
 
@@ -247,10 +317,16 @@ class _CheckPack:
     def __init__(self, store: Store, objects: Objects) -> None:
         self._store = store
         self._objects = objects
+        self._domain = objects.domain
         self._intact = Intact(objects)
+        self._run = secrets.token_bytes(16)
+
+    def __reduce__(self) -> tuple[Callable[..., _CheckPack], tuple[Store, Domain, int, bytes]]:
+        """For another process, which loads an index of its own, once a run."""
+        return _check_pack_elsewhere, (self._store, self._domain, self._objects.chunk_bytes, self._run)
 
     def __call__(self, task: _Task) -> _Report:
-        name = pack.name(task.pack_id)
+        name = pack.name(task.pack_id, self._domain)
         report = _Report(size_bytes=task.size_bytes or 0)
         right: _Records = {}
         baseless: _Records = {}
@@ -280,9 +356,9 @@ class _CheckPack:
 
     def _check_frame(self, data: bytes, pack_id: bytes, report: _Report) -> None:
         try:
-            intact.opened(data, _InMemory(data), pack_id)
+            intact.opened(data, _InMemory(data), pack_id, self._domain)
         except (DamagedError, UnsupportedFormatError) as error:
-            report.problems.append(Problem(pack.name(pack_id), str(error)))
+            report.problems.append(Problem(pack.name(pack_id, self._domain), str(error)))
 
     def _check_records(
         self,
@@ -329,11 +405,12 @@ class _CheckPack:
     def _one_by_one(self, task: _Task, report: _Report) -> _Records:
         """What can still be read of a pack on a failing medium."""
         right: _Records = {}
+        name = pack.name(task.pack_id, self._domain)
         for entries in task.entries:
             for object_id, entry in zip(entry_ids(entries), entries, strict=True):
                 try:
-                    raw = self._store.get_range(pack.name(task.pack_id), int(entry["offset"]), int(entry["stored"]))
-                    where = f"{pack.name(task.pack_id)} at {entry['offset']}"
+                    raw = self._store.get_range(name, int(entry["offset"]), int(entry["stored"]))
+                    where = f"{name} at {entry['offset']}"
                     head = record.parse_header(raw, where)
                     if head.id != object_id.tobytes() or head.kind == RecordKind.DIRECTORY:
                         continue
@@ -344,15 +421,32 @@ class _CheckPack:
                 report.records += 1
         return right
 
-    @staticmethod
-    def _compare(entries: Entries, pack_id: bytes, right: _Records, bad: list[Bad], problems: list[Problem]) -> None:
+    def _compare(
+        self, entries: Entries, pack_id: bytes, right: _Records, bad: list[Bad], problems: list[Problem]
+    ) -> None:
         """Index entries that lead to no good record are bad."""
         values = entries[["offset", "kind", "form", "stored", "plain"]].tolist()
         for object_id, (offset, *fields) in zip(entry_ids(entries), values, strict=True):
             if right.get((offset, object_id.tobytes())) != tuple(fields):
-                where = f"{pack.name(pack_id)} at {offset}"
+                where = f"{pack.name(pack_id, self._domain)} at {offset}"
                 bad.append(Bad(pack=pack_id.hex(), offset=offset, id=object_id.tobytes().hex()))
                 problems.append(Problem(where, f"no readable record of {object_id.tobytes().hex()}"))
+
+
+# The last run that this process was given packs of.
+_elsewhere: dict[bytes, _CheckPack] = {}
+_elsewhere_lock = threading.Lock()
+
+
+def _check_pack_elsewhere(store: Store, domain: Domain, chunk_bytes: int, run: bytes) -> _CheckPack:
+    with _elsewhere_lock:
+        if run not in _elsewhere:
+            known = Index.load(
+                store, damaged=lambda *_: None, domain=domain, there=lambda: pack.sizes(store, domain).keys()
+            )
+            _elsewhere.clear()
+            _elsewhere[run] = _CheckPack(store, Objects(store, known, domain, chunk_bytes))
+        return _elsewhere[run]
 
 
 def _fields(head: record.RecordHeader) -> tuple[int, int, int, int]:
@@ -380,11 +474,11 @@ class _InMemory:
         return len(self._data)
 
 
-def _mark(context: Context, bad: list[Bad], problems: list[Problem]) -> int:
+def _mark(store: Store, bad: list[Bad], problems: list[Problem]) -> int:
     """Mark what is bad so that it is stored again. A repository that cannot be written is only reported."""
     try:
-        if bad or next(iter(context.store.list(damage.PREFIX)), None) is not None:
-            damage.replace(context.store, bad)
+        if bad or next(iter(store.list(damage.PREFIX)), None) is not None:
+            damage.replace(store, bad)
     except Error as error:
         problems.append(Problem(damage.PREFIX, f"what is damaged could not be marked: {error}"))
         return 0

@@ -1,4 +1,4 @@
-"""Where disks come from and go to: raw image files and block devices."""
+"""Where disks come from and go to: raw images, block devices, and images of other formats."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from snapcore.source.export import Written, send_image, write_image
+    from snapcore.source.image import open_image
     from snapcore.source.interface import Source
     from snapcore.source.raw import RawSource, open_source
     from snapcore.source.target import RawTarget, open_target
 
-__all__ = ["RawSource", "RawTarget", "Source", "open_source", "open_target"]
+__all__ = [
+    "RawSource",
+    "RawTarget",
+    "Source",
+    "Written",
+    "open_image",
+    "open_source",
+    "open_target",
+    "send_image",
+    "write_image",
+]
 
 _HOMES = {
     "RawSource": "snapcore.source.raw",
     "RawTarget": "snapcore.source.target",
     "Source": "snapcore.source.interface",
+    "Written": "snapcore.source.export",
+    "open_image": "snapcore.source.image",
     "open_source": "snapcore.source.raw",
     "open_target": "snapcore.source.target",
+    "send_image": "snapcore.source.export",
+    "write_image": "snapcore.source.export",
 }
 
 

@@ -84,6 +84,13 @@ class RawTarget:
         for start, length in scan.nonzero_extents(data, PAGE_BYTES).tolist():
             self._write(data[start : start + length], offset_bytes + start)
 
+    def set_size(self, size_bytes: int) -> None:
+        """Make a file so long; what was not written reads as zeros."""
+        try:
+            self._medium.truncate(self._descriptor, size_bytes)
+        except OSError as error:
+            raise from_os_error(error, f"setting the size of {self.path}") from error
+
     def write_change(self, old: memoryview, new: memoryview, offset_bytes: int) -> None:
         """Write the pages in which `new` differs from `old`, which is what stands there; zeros become holes."""
         for start, length in scan.differing_extents(old, new, PAGE_BYTES).tolist():

@@ -72,7 +72,7 @@ class Sweeper(Protocol):
     """What interrupted creations left behind can be removed."""
 
     def sweep(self) -> int:
-        """Remove what is no object and never will be; only while nobody creates. Returns the bytes freed."""
+        """Remove what is no object and never will be, also while others create. Returns the bytes freed."""
 
 
 class Store(Reader, Lister, Writer, Deleter, Settler, Sweeper, Protocol):

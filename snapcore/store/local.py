@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ _OPEN_FILES = 64
 # Names have at most three parts.
 _DEPTH_LIMIT = 16
 _TEMPORARY = "tmp"
+_PUBLICATIONS = 5
 
 
 def is_name(name: str) -> bool:
@@ -49,6 +51,10 @@ class LocalStore:
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self._durable_folders: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
+        """For another process: the same folder, opened there."""
+        return LocalStore, (self.folder,)
 
     @property
     def url(self) -> str:
@@ -102,13 +108,14 @@ class LocalStore:
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
         path = self._path(name)
         try:
-            try:
-                return self._publish(path, buffers)
-            except FileNotFoundError:
-                # The temporary file was swept by a collector that this writer is about to meet, or a folder is gone.
-                with self._lock:
-                    self._durable_folders.clear()
-                return self._publish(path, buffers)
+            for _ in range(_PUBLICATIONS - 1):
+                try:
+                    return self._publish(path, buffers)
+                except FileNotFoundError:
+                    # The temporary file was swept in the instant before it was locked, or a folder is gone.
+                    with self._lock:
+                        self._durable_folders.clear()
+            return self._publish(path, buffers)
         except FileExistsError as error:
             raise ExistsError(f"{path} exists already") from error
         except OSError as error:
@@ -121,11 +128,14 @@ class LocalStore:
         descriptor = self._medium.create(temporary)
         try:
             try:
+                # Held until the file has its name: it says that somebody is at work on it.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 size_bytes = self._medium.write_at(descriptor, buffers, 0)
                 self._medium.sync(descriptor)
+                self._medium.link(temporary, path)
             finally:
                 self._medium.close(descriptor)
-            self._medium.link(temporary, path)
         finally:
             with contextlib.suppress(OSError):
                 self._medium.unlink(temporary)
@@ -160,20 +170,32 @@ class LocalStore:
             raise from_os_error(error, f"syncing {folder}") from error
 
     def sweep(self) -> int:
-        """Remove what crashes left in `tmp/`; only while nobody writes. Returns the bytes freed."""
+        """Remove what crashes left in `tmp/`: files that nobody holds a lock on. Returns the bytes freed."""
         folder = os.path.join(self.folder, _TEMPORARY)
         freed_bytes = 0
         try:
             for entry in list(os.scandir(folder)):
-                status = entry.stat(follow_symlinks=False)
-                self._medium.unlink(entry.path)
-                # With a second name it is an object whose writer died right after the publication.
-                freed_bytes += status.st_size if status.st_nlink == 1 else 0
+                with contextlib.suppress(FileNotFoundError):
+                    freed_bytes += self._sweep(entry)
         except FileNotFoundError:
             pass
         except OSError as error:
             raise from_os_error(error, f"removing temporary files in {folder}") from error
         return freed_bytes
+
+    def _sweep(self, entry: os.DirEntry[str]) -> int:
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode):
+            descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0
+            finally:
+                os.close(descriptor)
+        self._medium.unlink(entry.path)
+        # With a second name it is an object whose writer died right after the publication.
+        return status.st_size if status.st_nlink == 1 else 0
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, checked_name(name))

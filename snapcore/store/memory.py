@@ -17,6 +17,9 @@ class MemoryStore:
         self._objects: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> str:
+        raise UsageError("a store in memory is this process's alone: work on it with threads, not with processes")
+
     @property
     def url(self) -> str:
         return f"memory:{id(self):x}"

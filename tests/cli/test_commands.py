@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from snapcore import Manifest, Repository, Restored
+from snapcore.repository import session
+from snapcore.store import LocalStore
 from tests.support.command import Run
 
 CHUNK = 64 << 10
@@ -139,6 +141,29 @@ def test_delete_and_collect_free_space(run: Run, taken: list[dict[str, Any]]) ->
     assert unique >= 0
     assert json.loads(run("verify", "-r", "repo", "--json")[1])["ok"] is True
     assert run("snapshot", "delete", taken[0]["id"], "-r", "repo")[0] == 1
+
+
+def test_a_collection_says_for_whom_what_it_may_not_remove_yet_waits(run: Run, taken: list[dict[str, Any]]) -> None:
+    store = LocalStore("repo")
+    own = session.register(store, session.CREATE)
+    for snapshot in taken:
+        run("snapshot", "delete", snapshot["id"], "-r", "repo")
+    code, out, _ = run("repo", "collect", "repo", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["waiting_for"] == [own.id] and found["removed_packs"] == 0 < found["condemned_packs"]
+    code, out, _ = run("repo", "collect", "repo", "--wait", "0.01")
+    assert code == 0 and f"create {own.id} of process" in out
+    code, out, _ = run("repo", "collect", "repo", "--patience", "0", "--json")
+    assert code == 0 and json.loads(out)["live_bytes"] == 0
+
+
+def test_parts_of_a_verification_read_all_between_them(run: Run, taken: list[dict[str, Any]]) -> None:
+    whole = json.loads(run("verify", "-r", "repo", "--json")[1])
+    parts = [json.loads(run("verify", "-r", "repo", "--part", f"{number}/3", "--json")[1]) for number in (1, 2, 3)]
+    assert sum(part["packs"] for part in parts) == whole["packs"] and all(part["ok"] for part in parts)
+    assert json.loads(run("verify", "-r", "repo", "--sample", "100%", "--json")[1])["packs"] == whole["packs"]
+    for wrong in (["--part", "4/3"], ["--part", "x"], ["--sample", "0%"], ["--part", "1/2", "--sample", "1%"]):
+        assert run("verify", "-r", "repo", *wrong)[0] == 2
 
 
 def test_verify_names_damage_and_fails(run: Run, taken: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from tests.support.nbd_client import (
     FLUSH,
     FUA,
     NO_HOLE,
+    PAYLOAD,
     READ,
     REQ_ONE,
     TRIM,
@@ -158,6 +159,48 @@ def test_what_cannot_be_is_refused_and_the_connection_goes_on(framing: tuple[boo
         assert client.call(READ, SIZE - 1, 1).data == b"\0"
 
 
+@pytest.mark.parametrize("kind", ["pool", "raw"])
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_flags_that_mean_nothing_with_a_command_are_refused_and_nothing_is_done(
+    kind: str, framing: tuple[bool, bool]
+) -> None:
+    structured, extended = framing
+    known = {
+        READ: FUA | (DF if structured else 0),
+        WRITE: FUA | (PAYLOAD if extended else 0),
+        FLUSH: FUA,
+        TRIM: FUA,
+        CACHE: FUA,
+        WRITE_ZEROES: FUA | NO_HOLE | (FAST_ZERO if kind == "pool" else 0),
+    }
+    with exports(kind) as export, served(export, structured=structured, extended=extended) as (client, _, _):
+        assert client.call(WRITE, 0, 4096, 0, b"k" * 4096).error == 0
+        for step, allowed in known.items():
+            for bit in (1 << number for number in range(16)):
+                if bit & allowed or (extended and bit == PAYLOAD):
+                    continue
+                data = b"x" * 100 if step == WRITE else b""
+                assert client.call(step, 0, 100, bit, data).error == errno.EINVAL, (step, bit)
+        assert client.call(READ, 0, 4096).data == b"k" * 4096
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("kind", ["pool", "raw"])
+def test_long_reads_and_writes_come_through_in_parts(kind: str, framing: tuple[bool, bool]) -> None:
+    size = 5 * (1 << 20) + 777
+    content = os.urandom(size)
+    with tempfile.TemporaryDirectory() as folder, Pool.create(Path(folder) / "pool", background=False) as pool:
+        descriptor = os.open(Path(folder) / "raw", os.O_RDWR | os.O_CREAT)
+        os.truncate(descriptor, size)
+        volume = pool.create_disk("disk", size)._volume if kind == "pool" else None
+        export = Export(volume, descriptor, size, writable=True)
+        with served(export, structured=framing[0], extended=framing[1]) as (client, _, _):
+            assert client.call(WRITE, 0, size, 0, content).error == 0
+            assert client.call(READ, 0, size).data == content
+            assert client.call(READ, 1, size - 1, DF if client.structured else 0).data == content[1:]
+        os.close(descriptor)
+
+
 def test_a_read_only_export_is_not_written() -> None:
     with exports("raw", writable=False) as export, served(export) as (client, _, _):
         assert client.call(WRITE, 0, 3, 0, b"abc").error == errno.EPERM
@@ -198,6 +241,42 @@ def test_block_status_tells_what_is_where_and_what_changed(
                 at += size
             assert at == offset + length
             assert one.status[context] == answer.status[context][:1]
+
+
+@pytest.mark.parametrize("slice_pages", [1, 3])
+def test_block_status_of_much_walks_the_map_in_slices(slice_pages: int) -> None:
+    """The lock of the pool is not held over them; what a client gets in one answer may end earlier."""
+    blocks = 128 * 40
+    with tempfile.TemporaryDirectory() as folder, Pool.create(Path(folder) / "pool", background=False) as pool:
+        disk = pool.create_disk("disk", blocks * 4096)
+        before = disk.snapshot()
+        disk.pwrite(b"x" * (blocks - 200) * 4096, 100 * 4096)
+        pool._engine.core.page_file.slice_pages = slice_pages
+        contexts = [(1, None), (2, before._volume)]
+        with served(Export(disk._volume, -1, 0, writable=True), contexts=contexts) as (client, _, _):
+            for context, none, some in ((1, 3, 0), (2, 0, 1)):
+                at, found = 0, []
+                while at < blocks * 4096:
+                    for length, flags in client.call(BLOCK_STATUS, at, blocks * 4096 - at).status[context]:
+                        at += length
+                        if found and found[-1][1] == flags:
+                            found[-1] = (at, flags)
+                        else:
+                            found.append((at, flags))
+                assert found == [(100 * 4096, none), ((blocks - 100) * 4096, some), (blocks * 4096, none)]
+
+
+def test_block_status_of_a_disk_over_an_image_tells_the_holes_of_the_image() -> None:
+    with tempfile.TemporaryDirectory() as folder, Pool.create(Path(folder) / "pool", background=False) as pool:
+        image = Path(folder) / "image"
+        with image.open("wb") as file:
+            file.write(b"i" * 65536)
+            file.truncate(1 << 20)
+        disk = pool.create_disk("over", source=image, size_bytes=2 << 20)
+        disk.pwrite(b"x" * 4096, 524288)
+        with served(Export(disk._volume, -1, 0, writable=True), contexts=[(1, None)]) as (client, _, _):
+            found = client.call(BLOCK_STATUS, 0, 2 << 20).status[1]
+            assert found == [(65536, 0), (524288 - 65536, 3), (4096, 0), ((2 << 20) - 524288 - 4096, 3)]
 
 
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(FRAMINGS))

@@ -17,8 +17,8 @@ from snapcore import CancelledError, NotFoundError, SourceChangedError, StoreErr
 from snapcore.pool import Disk, Pool, Region, check
 from snapcore.pool.lazy import LazyImage
 from snapcore.pool.superblock import LAZY, read
-from tests.support.pools import BLOCK_BYTES, MIB, check_space, quick_folder
 from tests.support.lazy_regions import Regions
+from tests.support.pools import BLOCK_BYTES, MIB, check_space, quick_folder
 
 WINDOW = MIB
 SIZE = 6 * MIB + 777

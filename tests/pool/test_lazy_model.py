@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from snapcore import NotFoundError, StoreError
 from snapcore.pool import Disk, Pool, Region, Snapshot
+from tests.support.lazy_regions import Regions
 from tests.support.pools import BLOCK_BYTES, MIB, check_space, quick_folder
 from tests.support.recorder import FastMedium, Recorder, crashes
-from tests.support.lazy_regions import Regions
 
 CHUNK_BYTES = 8192
 SIZES = (MIB + 5000, 3 * MIB, 70000)

@@ -6,6 +6,7 @@ and used: it opens, verifies, reads bit for bit, and takes the next snapshot and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from snapcore import ExistsError, NotFoundError, Repository
+from snapcore import ExistsError, LockedError, NotFoundError, Repository
 from snapcore.repository import collect, pack
 from snapcore.store import LocalStore, MemoryStore, Store
 from tests.support.disks import changed, disk
+from tests.support.holders import Fixed
 from tests.support.recorder import Crash, FastMedium, Recorder, crashes
 from tests.support.small import Bytes
 
 CHUNK_BYTES = 4096
+HOLDER = Fixed("of the crash tests")
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,13 @@ class Work:
     def start(self) -> None:
         """Record from here on; what was done before is durable."""
         self.recorder = Recorder(self.root)
-        self.repository = Repository.open(LocalStore(str(self.root / "repository"), medium=self.recorder))
+        self.repository = unlocked(LocalStore(str(self.root / "repository"), medium=self.recorder))
         for snapshot in self.repository.snapshots():
             self.recorder.note(Taken(snapshot.id, self.contents[snapshot.id]))
 
     def take(self, content: bytes, name: str = "disk", **options: object) -> str:
         self.recorder.note(Taking(content))
+        options.setdefault("key", key_of(self.repository))
         created = self.repository.snapshot(Bytes(content), disk=name, **options)  # type: ignore[arg-type]
         self.contents[created.snapshot.id] = content
         self.recorder.note(Taken(created.snapshot.id, content))
@@ -86,10 +90,25 @@ class Work:
         self.recorder.note(Deleted(snapshot))
 
 
-def make(root: Path, chunk_bytes: int = CHUNK_BYTES) -> Work:
+def make(root: Path, chunk_bytes: int = CHUNK_BYTES, *, keyed: bool = False) -> Work:
     root.mkdir(exist_ok=True)
-    Repository.create(root / "repository", chunk_bytes=chunk_bytes)
+    repository = Repository.create(root / "repository", chunk_bytes=chunk_bytes)
+    if keyed:
+        repository.keyring.create("K", HOLDER)
     return Work(root)
+
+
+def unlocked(store: Store) -> Repository:
+    """The repository, with its key when it has one."""
+    repository = Repository.open(store)
+    if repository.keyring.any():
+        repository.unlock(HOLDER)
+    return repository
+
+
+def key_of(repository: Repository) -> str | None:
+    """The key that snapshots go under."""
+    return "K" if repository.keyring.any() else None
 
 
 def read(repository: Repository, snapshot: str) -> bytes:
@@ -118,7 +137,7 @@ def check_promises(repository: Repository, facts: tuple[object, ...]) -> dict[st
 
 def work_goes_on(repository: Repository, held: dict[str, bytes], content: bytes) -> None:
     """A create, a delete and a collection do what they do anywhere."""
-    created = repository.snapshot(Bytes(content), disk="disk").snapshot.id
+    created = repository.snapshot(Bytes(content), disk="disk", key=key_of(repository)).snapshot.id
     held = held | {created: content}
     if len(held) > 2:
         oldest = min(held)
@@ -134,11 +153,11 @@ def work_goes_on(repository: Repository, held: dict[str, bytes], content: bytes)
 
 def use(store: Store, crash: Crash, next_content: bytes | None) -> None:
     """What a state must be good for; with `next_content`, work goes on."""
-    verified = Repository.open(store).verify()
+    verified = unlocked(store).verify()
     assert verified.ok, verified
-    held = check_promises(Repository.open(store), crash.facts)
+    held = check_promises(unlocked(store), crash.facts)
     if next_content is not None:
-        work_goes_on(Repository.open(store), held, next_content)
+        work_goes_on(unlocked(store), held, next_content)
 
 
 def replay(work: Work, folder: Path, samples: int, next_content: bytes) -> int:
@@ -302,6 +321,38 @@ def test_a_crash_loses_nothing_and_stops_nobody(do: Callable[[Work], None], tmp_
     work = make(tmp_path / "real")
     do(work)
     assert replay_fast(work, tmp_path / "crashed", 20, disk(8, 12)) > 5
+
+
+@pytest.mark.usefixtures("small_packs")
+@pytest.mark.parametrize("do", [incremental, collect_rewritten, rebuild], ids=lambda do: do.__name__)
+def test_a_crash_loses_nothing_under_a_key_either(do: Callable[[Work], None], tmp_path: Path) -> None:
+    work = make(tmp_path / "real", keyed=True)
+    do(work)
+    assert replay_fast(work, tmp_path / "crashed", 10, disk(8, 12)) > 5
+
+
+def test_a_crash_while_a_key_is_made_or_rotated_leaves_it_open_to_somebody(tmp_path: Path) -> None:
+    """On a real folder, every state of the medium; step by step: test_keyring.py."""
+    work = make(tmp_path / "real", keyed=True)
+    taken = work.take(disk(1, 3))
+    work.start()
+    (old,) = [holder.id for key in work.repository.keyring.listed() for holder in key.holders]
+    work.repository.keyring.create("L", HOLDER)
+    work.recorder.note("made")
+    work.repository.keyring.rotate("K", old, Fixed("new"))
+    work.recorder.note("rotated")
+    for number, crash in enumerate(crashes(work.recorder, samples=10)):
+        folder = tmp_path / str(number)
+        crash.build(folder)
+        repository = Repository.open(store_in(folder))
+        holders = [Fixed("new")] if "rotated" in crash.facts else [HOLDER, Fixed("new")]
+        for holder in holders:
+            with contextlib.suppress(LockedError):
+                repository.unlock(holder)
+        assert read(repository, taken) == disk(1, 3)
+        if "made" in crash.facts:
+            assert "L" in {key.name for key in repository.unlock(HOLDER)}
+        shutil.rmtree(folder)
 
 
 @pytest.mark.usefixtures("small_packs")

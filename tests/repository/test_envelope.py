@@ -72,12 +72,17 @@ def test_an_object_under_anothers_name_is_noticed() -> None:
         (VERSION, "<H", 2),
         (INCOMPATIBLE, "<I", 1),
         (INCOMPATIBLE, "<I", 1 << 31),
-        (DOMAIN, "16s", b"\1" * 16),
     ],
 )
 def test_what_this_version_cannot_read_says_so(offset: int, layout: str, value: object) -> None:
     data = with_field(envelope.sealed(Kind.CONFIG, ID, b"{}"), offset, layout, value)
     with pytest.raises(UnsupportedFormatError, match="the-object"):
+        envelope.opened(data, "the-object", ID)
+
+
+def test_an_object_of_another_domain_is_not_taken_for_one_of_this() -> None:
+    data = with_field(envelope.sealed(Kind.CONFIG, ID, b"{}"), DOMAIN, "16s", b"\1" * 16)
+    with pytest.raises(DamagedError, match="the-object is of the domain"):
         envelope.opened(data, "the-object", ID)
 
 

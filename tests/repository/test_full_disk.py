@@ -141,7 +141,7 @@ def test_running_out_of_space_anywhere_loses_nothing(
         if error is None:
             break
         free_bytes += STEP_BYTES
-    assert failed >= 2
+    assert failed >= 1
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in_place"])

@@ -7,16 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from snapcore import Repository
-from tests.support.golden import CHUNK_BYTES, Generation, generations
+from snapcore import KeyFile, LockedError, Passphrase, Repository
+from snapcore.repository import generations as generations_
+from snapcore.repository import summaries
+from snapcore.repository.domain import PLAIN
+from snapcore.store import LocalStore
+from tests.support.golden import CHUNK_BYTES, KEY_FILE, PASSPHRASE, Generation, generations
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
 
-@pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("format-*")))
+@pytest.fixture(params=sorted(path.name for path in GOLDEN.glob("format-*") if path.is_dir()))
 def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Repository:
     shutil.copytree(GOLDEN / request.param, tmp_path / "repo")
-    return Repository.open(tmp_path / "repo")
+    keys = [Passphrase(PASSPHRASE)] if request.param.endswith("-sealed") else []
+    return Repository.open(tmp_path / "repo", keys=keys)
+
+
+def test_the_golden_key_file_opens_the_sealed_repository_and_nothing_else_does(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / KEY_FILE, tmp_path / "key")
+    (tmp_path / "key").chmod(0o600)
+    found = Repository.open(GOLDEN / "format-1-sealed", keys=[KeyFile(tmp_path / "key")])
+    assert [key.name for key in found.keyring.listed()] == ["golden"] and len(found.snapshots()) == len(generations())
+    locked = Repository.open(GOLDEN / "format-1-sealed")
+    assert len(locked.locked_snapshots()) == len(generations()) and locked.snapshots() == []
+    with pytest.raises(LockedError):
+        locked.unlock(Passphrase(PASSPHRASE + "?"))
 
 
 @pytest.mark.parametrize("wanted", generations(), ids=lambda item: item.label)
@@ -45,3 +61,17 @@ def test_work_goes_on_in_golden_repositories(repository: Repository, tmp_path: P
     repository.restore(made, tmp_path / "out.img")
     assert (tmp_path / "out.img").read_bytes() == bytes(content)
     assert repository.verify().ok
+
+
+def test_a_golden_collection_goes_on(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "format-1-collected", tmp_path / "repo")
+    repository = Repository.open(tmp_path / "repo")
+    store = LocalStore(str(tmp_path / "repo"))
+    assert generations_.latest(store, PLAIN).condemned
+    assert len(summaries.load(store)) >= len(generations())
+    (waiting,) = repository.collect(patience_s=float("inf")).waiting_for
+    assert (waiting.host, waiting.generation) == ("elsewhere", 2)
+    done = repository.collect(patience_s=0.0)
+    assert (done.waiting_for, done.condemned_packs) == ((), 0) and done.removed_packs > 0
+    assert not list(store.list("deleted/"))
+    assert repository.verify().ok and len(repository.snapshots()) == len(generations())

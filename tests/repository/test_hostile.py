@@ -156,7 +156,7 @@ def test_a_config_is_right_or_refused(member: str, value: Any) -> None:
 
 MEMBERS = [
     "id", "disk", "sequence", "parent", "created", "size_bytes", "chunk_bytes", "levels", "root", "written_bytes",
-    "changed_bytes", "new_bytes", "stored_bytes", "fallback_reason", "label", "tags", "source", "software",
+    "changed_bytes", "new_bytes", "stored_bytes", "fallback_reason", "label", "tags", "source", "software", "key",
 ]  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def test_a_manifest_is_consistent_or_refused(members: dict[str, Any], number: in
     objects[name] = forge.with_members(objects[name], **members)
     store = store_of(objects)
     try:
-        found = manifest.read(store, name, PLAIN, CHUNK)
+        found = manifest.read(store, name, {PLAIN.id: PLAIN}, CHUNK)
     except Error:
         return
     assert found is not None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapcore.errors import DamagedError, Error
-from snapcore.repository import index, table
+from snapcore.repository import index, pack, table
 from snapcore.repository.codec import Codec
 from snapcore.repository.index import BadPlaces, Index, Place
 from snapcore.repository.record import Form, Record, RecordKind
@@ -47,7 +47,7 @@ def loaded(store: MemoryStore, resident: int, bad: BadPlaces = frozenset()) -> I
     """The index of a store that may keep so many entries in memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "RESIDENT_ENTRIES", resident)
-        return Index.load(store, bad)
+        return Index.load(store, bad, there=lambda: pack.sizes(store))
 
 
 def unnumbered(place: Place | None) -> tuple[object, ...] | None:

@@ -145,6 +145,63 @@ def test_what_a_killed_create_has_stored_is_used_by_the_next(tmp_path: Path) -> 
     assert repository.verify().ok
 
 
+def crowd(folder: Path, seconds: float, writers: int, seed: int) -> tuple[Promised, int]:
+    """Many writers, two collectors and a deleter at once; now and then one of them is killed, and begins again."""
+    place = folder / "repository"
+    Repository.create(place, chunk_bytes=4096)
+    random_ = random.Random(seed)
+    roles = ["collect", "collect", "delete", *["write"] * writers]
+    images = [folder / f"image {number}" for number in range(len(roles))]
+    common = random_.randbytes(1 << 20)
+    for image in images:
+        image.write_bytes(common + random_.randbytes(200_000))
+    promised = Promised()
+    at_work = [start(place, image, role, seed) for image, role in zip(images, roles, strict=True)]
+    kills = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(random_.uniform(0.0, 0.5))
+        number = random_.randrange(len(roles))
+        promised.hear(kill(at_work[number]))
+        kills += 1
+        at_work[number] = start(place, images[number], roles[number], seed + kills)
+    for process in at_work:
+        promised.hear(kill(process))
+    return promised, kills
+
+
+def check_crowd(place: Path, promised: Promised) -> None:
+    check(place, promised)
+    repository = Repository.open(place)
+    repository.collect()
+    assert repository.sessions() == []
+    check(place, promised)
+    # Garbage goes in the end: what is left is what snapshots need.
+    again = repository.collect()
+    assert (again.removed_packs, again.condemned_packs, again.waiting_for) == (0, 0, ())
+    for snapshot in repository.snapshots():
+        repository.delete(snapshot)
+    repository.collect()
+    assert {name.partition("/")[0] for name, _ in repository._context.store.list("")} <= {
+        *("config", "generations", "index", "snapshots", "summaries"),
+    }
+
+
+def test_writers_collectors_and_a_deleter_that_are_killed_lose_nothing(tmp_path: Path) -> None:
+    promised, kills = crowd(tmp_path, 6.0, 3, seed=2)
+    assert promised.taken and kills > 3
+    check_crowd(tmp_path / "repository", promised)
+
+
+@pytest.mark.campaign
+def test_a_campaign_of_eight_writers_at_once(tmp_path: Path) -> None:
+    """`SNAPCORE_CAMPAIGN_SECONDS`, 120 unless told."""
+    seconds = float(os.environ.get("SNAPCORE_CAMPAIGN_SECONDS", "120"))
+    promised, kills = crowd(tmp_path, seconds, 8, seed=int(time.time()))
+    print(f"killed {kills}; taken {len(promised.taken)}, deleted {len(promised.deleted)}")
+    check_crowd(tmp_path / "repository", promised)
+
+
 @pytest.mark.campaign
 def test_a_campaign_of_kills(tmp_path: Path) -> None:
     """`SNAPCORE_KILLS` rounds, 200 unless told."""

@@ -6,6 +6,9 @@ import random
 from dataclasses import dataclass
 
 CHUNK_BYTES = 16 << 10
+# Of the sealed one, which a key file beside it opens too.
+PASSPHRASE = "four golden words alone"
+KEY_FILE = "format-1-sealed.key"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Client:
         self.structured = structured or extended
         self.extended = extended
         self._cookie = 0
-        self._reads: dict[int, int] = {}
+        self._reads: dict[int, tuple[int, int]] = {}
         self._done: dict[int, Answer] = {}
 
     def send(self, kind: int, offset: int, length: int, flags: int = 0, data: bytes = b"") -> int:
@@ -48,7 +48,7 @@ class Client:
         else:
             head = struct.pack(">IHHQQI", 0x25609513, flags, kind, self._cookie, offset, length)
         if kind == READ:
-            self._reads[self._cookie] = length
+            self._reads[self._cookie] = (offset, length)
         self.socket.sendall(head + data)
         return self._cookie
 
@@ -79,7 +79,7 @@ class Client:
             error, cookie = struct.unpack(">IQ", self._exactly(12))
             is_read = cookie in self._reads
             assert not (is_read and self.structured)
-            length = self._reads.pop(cookie, 0)
+            _, length = self._reads.pop(cookie, (0, 0))
             self._done[cookie] = Answer(error, self._exactly(length) if is_read and not error else b"")
             return
         if self.extended:
@@ -96,7 +96,7 @@ class Client:
             assert error
             answer.error = error
         elif kind == 1:
-            answer.data = body[8:]
+            self._place(answer, cookie, body)
         elif kind == 5:
             numbers = struct.unpack(f">{len(body) // 4}I", body)
             answer.status[numbers[0]] = [*zip(numbers[1::2], numbers[2::2], strict=True)]
@@ -107,5 +107,13 @@ class Client:
         else:
             assert (kind, body) == (0, b"")
         if flags & 1:
-            self._reads.pop(cookie, None)
+            _, length = self._reads.pop(cookie, (0, 0))
+            assert answer.error or len(answer.data) == length
             self._done[cookie] = partial.pop(cookie)
+
+    def _place(self, answer: Answer, cookie: int, body: bytes) -> None:
+        """A part of a read: each byte comes once, and the parts of this server in order."""
+        offset, length = self._reads[cookie]
+        assert int.from_bytes(body[:8], "big") == offset + len(answer.data)
+        assert 8 < len(body) <= 8 + length - len(answer.data)
+        answer.data += body[8:]

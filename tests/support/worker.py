@@ -2,9 +2,10 @@
 
 `worker.py REPOSITORY IMAGE TARGET SEED`: changes the image, takes snapshots, deletes, collects, restores, at random.
 `worker.py REPOSITORY IMAGE stall SEED`: takes a snapshot and stops in the middle for good.
+`worker.py REPOSITORY IMAGE write|delete|collect SEED`: does only that; a writer has a disk of the image's name.
 
-Lines: `ready`, `taking HASH`, `taken ID HASH`, `deleting ID`, `deleted ID`, `restored ID`, `half`; a hash is that
-of the disk. What a line says was true before it was written.
+Lines: `ready`, `collected PACKS`, `taking HASH`, `taken ID HASH`, `deleting ID`, `deleted ID`, `restored ID`, `half`; a
+hash is that of the disk. What a line says was true before it was written.
 """
 
 from __future__ import annotations
@@ -59,6 +60,24 @@ def work(repository: Repository, image: Path, target: Path, random_: random.Rand
             target.unlink()
 
 
+def write(repository: Repository, image: Path, random_: random.Random) -> None:
+    while True:
+        content = grow(image, random_)
+        say("taking", content)
+        created = repository.snapshot(image, disk=image.name, allow_changing=True)
+        say("taken", created.snapshot.id, content)
+
+
+def delete(repository: Repository, random_: random.Random) -> None:
+    while True:
+        held = repository.snapshots()
+        if len(held) > 12:
+            chosen = random_.choice(held).id
+            say("deleting", chosen)
+            repository.delete(chosen)
+            say("deleted", chosen)
+
+
 def stall(repository: Repository, image: Path) -> None:
     def progress(step: Progress) -> None:
         if step.percent >= 50:
@@ -77,6 +96,13 @@ def main() -> None:
     say("ready")
     if target == "stall":
         stall(repository, Path(image))
+    elif target == "write":
+        write(repository, Path(image), random.Random(int(seed)))
+    elif target == "delete":
+        delete(repository, random.Random(int(seed)))
+    elif target == "collect":
+        while True:
+            say("collected", str(repository.collect().removed_packs))
     else:
         work(repository, Path(image), Path(target), random.Random(int(seed)))
 

@@ -166,6 +166,7 @@ class Exported:
         try:
             for name, path in images.items():
                 self.images[name] = _opened(name, os.fspath(path), read_only=read_only)
+                self.check_unused(self.images[name])
         except BaseException:
             self.close()
             raise
@@ -175,6 +176,19 @@ class Exported:
         for image in self.images.values():
             os.close(image.descriptor)
         self.images.clear()
+
+    def check_unused(self, image: Image) -> None:
+        """A disk that reads from an image would read what is written to it.
+
+        Raises
+        ------
+        RefusedError
+        """
+        if self.pool is None or not image.writable:
+            return
+        reader = self.pool.reader_of(image.path)
+        if reader is not None:
+            raise RefusedError(f"{image.path} cannot be written: {reader} reads from it; serve it by --read-only")
 
     def flush(self) -> None:
         """Everything that was answered survives a power cut."""
@@ -378,6 +392,9 @@ class View:
     def _open(self, undo: contextlib.ExitStack, thing: _Thing, *, writable: bool) -> nbd.Export:
         match thing:
             case Image():
+                if writable:
+                    # A disk may have been made from it since the start.
+                    self._exported.check_unused(thing)
                 return nbd.Export(None, thing.descriptor, thing.size_bytes, writable=writable)
             case Snapshot():
                 return nbd.Export(thing.volume, -1, thing.size_bytes, writable=False)

@@ -29,6 +29,10 @@ _MAX_CONNECTIONS = 256
 _GRACE_S = 30.0
 _CUT_S = 10.0
 _NO_DESCRIPTORS_S = 0.1
+# Longer than a disk of a virtual machine ever takes, and than a flush of much on a slow one.
+_REQUEST_S = 120.0
+# Requests are looked at so often in the time that they have.
+_LOOKS = 8
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 _DRAIN_BYTES = 64 << 20
 
@@ -84,6 +88,8 @@ class NbdServer:
         A client that has not chosen an export by then is cut off.
     idle_timeout_s : float
         So is one that asks for nothing for so long; 0: never.
+    request_timeout_s : float
+        A request that waits for its medium for so long without getting on is answered with an I/O error; 0: never.
     socket_mode : int
         Permissions of Unix sockets.
     on_event : callable, optional
@@ -104,10 +110,11 @@ class NbdServer:
         max_connections: int = _MAX_CONNECTIONS,
         handshake_timeout_s: float = _HANDSHAKE_S,
         idle_timeout_s: float = 0,
+        request_timeout_s: float = _REQUEST_S,
         socket_mode: int = 0o600,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        if max_connections < 1 or handshake_timeout_s <= 0 or idle_timeout_s < 0:
+        if max_connections < 1 or handshake_timeout_s <= 0 or idle_timeout_s < 0 or request_timeout_s < 0:
             raise UsageError("a server has at least one connection, and time limits are positive")
         self._listen = tuple(listen)
         self._listeners = [*listeners]
@@ -120,6 +127,8 @@ class NbdServer:
         self._max_connections = max_connections
         self._handshake_s = handshake_timeout_s
         self._idle_s = idle_timeout_s
+        self._request_s = request_timeout_s
+        self._tick_s = request_timeout_s / _LOOKS if request_timeout_s else None
         self._socket_mode = socket_mode
         self._on_event = on_event
         self._lock = threading.Lock()
@@ -194,7 +203,9 @@ class NbdServer:
             session.stop()
         end = time.monotonic() + grace_s
         for session in sessions:
-            session.join(end - time.monotonic())
+            while session.is_alive() and (left_s := end - time.monotonic()) > 0:
+                session.join(min(left_s, self._tick_s or left_s))
+                self._expire()
         for session in sessions:
             session.cut()
         end = time.monotonic() + _CUT_S
@@ -215,15 +226,28 @@ class NbdServer:
 
     def _accept_all(self) -> None:
         assert self._wake is not None
+        looked = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)
             for listener in self._listeners:
                 selector.register(listener.socket, selectors.EVENT_READ)
             while not self._stopping.is_set():
-                for key, _ in selector.select():
+                for key, _ in selector.select(self._tick_s):
                     if key.fileobj is not self._wake[0]:
                         assert isinstance(key.fileobj, socket.socket)
                         self._accept(key.fileobj)
+                if self._tick_s is not None and time.monotonic() - looked >= self._tick_s:
+                    looked = time.monotonic()
+                    self._expire()
+
+    def _expire(self) -> None:
+        """Answer what takes too long."""
+        if self._tick_s is None:
+            return
+        with self._lock:
+            sessions = [*self._sessions]
+        for session in sessions:
+            session.expire(self._request_s)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -355,6 +379,12 @@ class _Session:
             with self._lock:
                 self._connection = None
 
+    def expire(self, limit_s: float) -> None:
+        """Answer requests that take longer."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.expire(limit_s)
+
     def stop(self) -> None:
         """Let it end: what is under way is answered."""
         with self._lock:
@@ -384,6 +414,10 @@ class _Session:
                 while left > 0 and (part := self.socket.recv(1 << 16)):
                     left -= len(part)
             self.socket.close()
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._thread.is_alive()
 
     def join(self, timeout_s: float) -> None:
         """Wait for its end."""

@@ -15,7 +15,7 @@ import pytest
 from snapcore.pool import Disk, Pool
 from snapcore.server import NbdServer
 from tests.support.loop import loop_device, mounted
-from tests.support.nbd import SIZE_BYTES, Serve, Served, nbdsh
+from tests.support.nbd import SIZE_BYTES, Serve, Served, eventually, nbdsh
 from tests.support.pools import MIB, check_space
 from tests.support.tools import needs
 
@@ -207,6 +207,26 @@ def test_qemu_img_converts_compares_and_maps(target: tuple[Served, str], folder:
     run("qemu-img", "convert", "-n", *RAW, "-O", "raw", folder / "in", uri)
     run("qemu-img", "convert", *RAW, "-O", "raw", uri, folder / "again")
     assert (folder / "again").read_bytes() == changed
+
+
+def test_qemu_nbd_as_a_peer_gives_and_takes(target: tuple[Served, str], folder: Path, disk: Disk) -> None:
+    """A mirror from our server to QEMU's, and back."""
+    needs("qemu-nbd", "nbdcopy", "qemu-img")
+    served, name = target
+    run("qemu-img", "create", "-q", "-f", "qcow2", folder / "peer.qcow2", str(SIZE_BYTES))
+    socket = folder / "peer"
+    peer = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "-t", "-e", "8", "-k", str(socket), str(folder / "peer.qcow2")])
+    try:
+        eventually(socket.exists)
+        theirs = f"nbd+unix:///?socket={socket}"
+        run("nbdcopy", "--flush", served.uri(name), theirs)
+        assert "identical" in run("qemu-img", "compare", *RAW, "-F", "raw", served.uri(name), theirs)
+        run("qemu-io", *RAW, "-c", "write -P 5 1M 300k", "-c", "write -z 3M 64k", theirs)
+        run("nbdcopy", "--flush", "--allocated", theirs, served.uri(name))
+        assert "identical" in run("qemu-img", "compare", *RAW, "-F", "raw", served.uri(name), theirs)
+    finally:
+        peer.terminate()
+        peer.wait(60)
 
 
 def test_qemu_reads_changed_blocks_as_a_dirty_bitmap(serve: Serve, disk: Disk) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from snapcore.pool import Pool
 from snapcore.server import NbdServer
+from tests.support.lazy_regions import Regions
 from tests.support.nbd import Peer
 from tests.support.nbd_client import READ, WRITE, Client
 from tests.support.pools import BLOCK_BYTES, MIB, quick_folder
-from tests.support.lazy_regions import Regions
 
 DATA = random.Random(1).randbytes(4 * MIB)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from snapcore.errors import BusyError, NotFoundError, UsageError
+from snapcore.errors import BusyError, NotFoundError, RefusedError, UsageError
 from snapcore.pool import Disk, Pool
 from snapcore.server import NbdServer
 from snapcore.server.nbd import listening
@@ -153,6 +153,42 @@ def test_an_image_is_read_only_where_it_must(
         peer.enter("raw")
         assert peer.write(0, b"x") == EPERM
         assert peer.read(0, 2) == b"aa"
+
+
+@pytest.mark.parametrize("left", ["disk", "snapshot"])
+def test_an_image_that_the_pool_reads_from_is_served_for_reading_only(
+    serve: Serve, folder: Path, pool: Pool, left: str
+) -> None:
+    image = folder / "image"
+    image.write_bytes(b"i" * MIB)
+    (folder / "link").hardlink_to(image)
+    over = pool.create_disk("over", source=image)
+    named = "disk 'over'"
+    if left == "snapshot":
+        over.snapshot("kept")
+        over.delete()
+        named = "snapshot kept of disk 'over'"
+    for path in (image, folder / "link"):
+        with pytest.raises(RefusedError, match=f"{named} reads from it"):
+            serve(images={"raw": path})
+    with pytest.raises(RefusedError, match="the pool "):
+        serve(images={"raw": folder / "pool" / "data"})
+    with Peer(serve(images={"raw": image}, read_only=True).path) as peer:
+        peer.enter("raw")
+        assert peer.write(0, b"x") == EPERM
+
+
+def test_an_image_that_a_disk_was_made_from_meanwhile_is_not_entered_for_writing(
+    serve: Serve, folder: Path, pool: Pool
+) -> None:
+    (folder / "image").write_bytes(b"i" * MIB)
+    server = serve(images={"raw": folder / "image"})
+    with Peer(server.path) as peer:
+        peer.enter("raw")
+    pool.create_disk("over", source=folder / "image")
+    with Peer(server.path) as peer:
+        peer.greet()
+        assert refusal(peer, "raw") == Reply.ERR_POLICY
 
 
 @pytest.mark.parametrize("name", ["web", "@one?cow"])
@@ -323,15 +359,19 @@ def test_a_snapshot_that_is_deleted_under_a_reader_is_an_error_for_that_reader_o
         assert other.read(MIB, 5) == disk.pread(5, MIB)
 
 
-def test_a_client_that_vanishes_in_mid_write_changes_nothing_and_frees_the_disk(serve: Serve, disk: Disk) -> None:
+def test_a_client_that_vanishes_in_mid_write_changes_at_most_what_it_wrote_and_frees_the_disk(
+    serve: Serve, disk: Disk
+) -> None:
     server = serve()
     with Peer(server.path) as peer:
         peer.enter("web")
         assert peer.write(0, b"answered") == 0
         header = bytes.fromhex("25609513") + bytes(2) + WRITE.to_bytes(2) + bytes(8)
-        peer.send(header + (0).to_bytes(8) + MIB.to_bytes(4) + b"x" * (MIB // 2))
+        peer.send(header + (4096).to_bytes(8) + MIB.to_bytes(4) + b"x" * (MIB // 2))
+    before = disk.pread(MIB, 4096 + MIB // 2)
     eventually(lambda: server.server.connections == 0)
-    assert disk.pread(16, 0) == b"answered" + bytes(8)
+    assert disk.pread(4096, 0) == b"answered" + bytes(4088)
+    assert disk.pread(MIB, 4096 + MIB // 2) == before
     disk.delete()
 
 
@@ -372,6 +412,34 @@ def test_snapshots_are_cut_while_clients_write(serve: Serve, pool: Pool, disk: D
         eventually(lambda: len(rounds) > before + 2)  # noqa: B023
     ended.set()
     writer.join()
+
+
+def test_ten_clones_of_one_snapshot_are_written_at_once_and_each_is_its_own(
+    serve: Serve, pool: Pool, disk: Disk
+) -> None:
+    one = pool.snapshot("one")
+    before = one.pread(SIZE_BYTES, 0)
+    path = serve().path
+    clones = [pool.create_disk(f"clone {number}", source=one) for number in range(10)]
+
+    def write(clone: Disk) -> None:
+        with Peer(path) as peer:
+            peer.enter(clone.name)
+            for place in range(0, SIZE_BYTES, 256 << 10):
+                assert peer.write(place + 100, clone.name.encode() * 500) == 0
+            assert peer.request(FLUSH) == 0
+
+    writers = [threading.Thread(target=write, args=(clone,)) for clone in clones]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    for clone in clones:
+        expected = bytearray(before)
+        for place in range(0, SIZE_BYTES, 256 << 10):
+            expected[place + 100 : place + 100 + 500 * len(clone.name)] = clone.name.encode() * 500
+        assert clone.pread(SIZE_BYTES, 0) == bytes(expected)
+    assert one.pread(SIZE_BYTES, 0) == before
 
 
 # Limits

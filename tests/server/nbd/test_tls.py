@@ -46,7 +46,8 @@ def openssl(*words: str | Path) -> None:
 def make_authority(folder: Path, name: str) -> None:
     key, made = folder / f"{name}-key.pem", folder / f"{name}.pem"
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    openssl("req", "-x509", *curve, "-keyout", key, "-out", made, "-days", "30", "-subj", f"/CN={name}")
+    use = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+    openssl("req", "-x509", *curve, "-keyout", key, "-out", made, "-days", "30", "-subj", f"/CN={name}", *use)
 
 
 def make_certificate(folder: Path, name: str, authority: str) -> None:
@@ -55,7 +56,7 @@ def make_certificate(folder: Path, name: str, authority: str) -> None:
     own.mkdir()
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     openssl("req", *curve, "-keyout", own / "client-key.pem", "-out", own / "request", "-subj", f"/CN={name}")
-    (own / "extensions").write_text(f"subjectAltName=DNS:{name}\n")
+    (own / "extensions").write_text(f"subjectAltName=DNS:{name}\nauthorityKeyIdentifier=keyid\n")
     signer = ["-CA", folder / f"{authority}.pem", "-CAkey", folder / f"{authority}-key.pem", "-CAcreateserial"]
     openssl(
         *("x509", "-req", "-in", own / "request", "-out", own / "client-cert.pem", "-days", "30"),

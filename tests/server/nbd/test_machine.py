@@ -1,0 +1,150 @@
+"""A machine lives on a clone: what it writes is in the clone alone, and a rollback brings back what it destroyed."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapcore.pool import Disk, Pool, Snapshot
+from tests.support.guest import Guest, make_debian, make_guest, make_root
+from tests.support.nbd import Serve
+from tests.support.pools import MIB, check_space
+
+ROOT_BYTES = 32 * MIB
+# Each start is counted; the second one destroys the disk under itself.
+WORK = """
+/bin/busybox cat /etc/original
+starts=$(/bin/busybox cat /etc/starts 2>/dev/null)x
+echo $starts > /etc/starts
+echo "GUEST: start $starts"
+if [ "$starts" = xx ]; then
+    echo "GUEST: destroys its root"
+    /bin/busybox dd if=/dev/zero of=/dev/vda bs=1M count=32 oflag=direct 2>/dev/null
+    /bin/busybox poweroff -f
+fi
+/bin/busybox dd if=/dev/urandom of=/written bs=64k count=16 2>/dev/null
+"""
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Guest:
+    return make_guest(tmp_path)
+
+
+@pytest.fixture
+def installed(guest: Guest, pool: Pool, tmp_path: Path) -> Snapshot:
+    """The root as an image, taken over."""
+    return pool.import_image("golden", make_root(tmp_path, WORK, ROOT_BYTES)).snapshot("installed")
+
+
+@contextmanager
+def recovered(version: Disk | Snapshot, folder: Path) -> Iterator[Path]:
+    """An image of it in which the journal has done what it has to."""
+    image = folder / f"recovered-{version.id}"
+    version.export(image)
+    subprocess.run(["e2fsck", "-fy", "-E", "journal_only", image], capture_output=True, check=False)
+    try:
+        yield image
+    finally:
+        image.unlink()
+
+
+def check_file_system(snapshot: Snapshot, folder: Path) -> None:
+    """Clean, after its journal has done what it has to."""
+    with recovered(snapshot, folder) as image:
+        done = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def file_in(disk: Disk, path: str, folder: Path) -> str:
+    """A file in the file system of a disk."""
+    with recovered(disk, folder) as image:
+        done = subprocess.run(["debugfs", "-R", f"cat {path}", image], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_back(
+    serve: Serve, pool: Pool, guest: Guest, installed: Snapshot, tmp_path: Path
+) -> None:
+    original = installed.pread(ROOT_BYTES, 0)
+    clone = pool.create_disk("vm", source=installed)
+    served = serve()
+    said = guest.boot(served.path, "vm")
+    assert "as it was installed" in said
+    assert file_in(clone, "/etc/starts", tmp_path) == "x\n"
+    # What it wrote is what differs from where the clone came from.
+    changed = int(pool.diff(installed, clone)[:, 1].sum())
+    assert MIB <= changed < 8 * MIB
+    assert installed.pread(ROOT_BYTES, 0) == original == pool.open_disk("golden").pread(ROOT_BYTES, 0)
+    good = clone.snapshot("good")
+    check_file_system(good, tmp_path)
+    assert "destroys its root" in guest.boot(served.path, "vm")
+    assert "no root" in guest.boot(served.path, "vm")
+    served.server.stop()
+    clone.rollback(good)
+    again = serve()
+    # The second start once more: it comes as far as before.
+    assert "destroys its root" in guest.boot(again.path, "vm")
+    again.server.stop()
+    assert installed.pread(ROOT_BYTES, 0) == original
+    check_space(pool)
+
+
+@pytest.mark.campaign
+def test_ten_clones_of_one_snapshot_are_written_at_once_and_each_is_its_own(
+    serve: Serve, pool: Pool, guest: Guest, installed: Snapshot, tmp_path: Path
+) -> None:
+    original = installed.pread(ROOT_BYTES, 0)
+    served = serve()
+    clones = [pool.create_disk(f"vm{number}", source=installed) for number in range(10)]
+    ended = threading.Event()
+    cuts: list[Snapshot] = []
+
+    def cut() -> None:
+        while not ended.wait(1):
+            cuts.extend(clone.snapshot() for clone in clones[:3])
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    with ThreadPoolExecutor(4) as machines:
+        said = [*machines.map(lambda clone: guest.boot(served.path, clone.name), clones)]
+    ended.set()
+    cutter.join()
+    starts = [file_in(clone, "/etc/starts", tmp_path) for clone in clones]
+    assert [text for text, found in zip(said, starts, strict=True) if found != "x\n"] == []
+    assert installed.pread(ROOT_BYTES, 0) == original
+    contents = {clone.pread(ROOT_BYTES, 0) for clone in clones}
+    assert len(contents) == 10
+    for snapshot in [*cuts[-6:], *(clone.snapshot("end") for clone in clones)]:
+        check_file_system(snapshot, tmp_path)
+    served.server.stop()
+    check_space(pool)
+
+
+@pytest.mark.campaign
+def test_a_whole_debian_boots_from_a_clone_and_again_after_it_was_destroyed(
+    serve: Serve, guest: Guest, tmp_path: Path
+) -> None:
+    with Pool.create(tmp_path / "pool") as pool:
+        installed = pool.import_image("golden", make_debian(tmp_path, 1024 * MIB)).snapshot("installed")
+        clone = pool.create_disk("vm", source=installed)
+        served = serve(pool=pool)
+        guest.boot(served.path, "vm", memory_mib=512)
+        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n"
+        assert 0 < pool.diff(installed, clone)[:, 1].sum() < 128 * MIB
+        good = clone.snapshot("good")
+        check_file_system(good, tmp_path)
+        served.server.stop()
+        clone.discard(0, 512 * MIB)
+        clone.rollback(good)
+        again = serve(pool=pool)
+        guest.boot(again.path, "vm", memory_mib=512)
+        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n" * 2
+        again.server.stop()
+        check_space(pool)
