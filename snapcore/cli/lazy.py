@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from snapcore.errors import NotFoundError, UsageError
-from snapcore.extents import Extents
 from snapcore.pool import Region
 from snapcore.repository import Repository, SnapshotReader
 
 
-class _Snapshot:
-    """A snapshot as a `Source`."""
-
-    def __init__(self, region: Region, reader: SnapshotReader) -> None:
-        self.name = f"snapshot {region.snapshot} in {region.url}"
-        self.size_bytes = reader.size_bytes
-        self._reader = reader
-
-    def data_extents(self) -> Extents:
-        """Where its map has chunks."""
-        return self._reader.data_extents()
-
-    def read_into(self, target: memoryview, offset_bytes: int) -> None:
-        """Fill `target`."""
-        self._reader.read_into(target, offset_bytes)
-
-    def check_unchanged(self) -> None:
-        """Snapshots do not change."""
-
-
-def open_region(region: Region) -> _Snapshot:
+def open_region(region: Region) -> SnapshotReader:
     """The snapshot that a region names, by its id, in the repository of that id."""
     found = Repository.open(region.url)
     if found.id != region.repository:
         raise NotFoundError(f"{region.url} is another repository now: {found.id}, not {region.repository}")
-    return _Snapshot(region, found.open_snapshot(region.snapshot))
+    return found.open_snapshot(region.snapshot)
 
 
 def region_of(text: str) -> Region | None:

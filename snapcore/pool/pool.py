@@ -688,8 +688,9 @@ class Pool:
         except OSError:
             return None
         with self._reading() as catalog:
-            images = {record.id: record.path for record in catalog.backings.values()}
-            over = [(catalog.disks.get(record.disk), record) for record in catalog.versions.values() if record.backing]
+            images = {record.id: os.path.join(self.path, record.path) for record in catalog.backings.values()}
+            versions = [record for record in catalog.versions.values() if record.backing]
+            over = [(catalog.disks.get(record.disk), record) for record in versions]
         for disk, record in over:
             if _is_same_file(found, images[record.backing]):
                 if disk is not None:

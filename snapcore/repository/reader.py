@@ -117,35 +117,6 @@ class SnapshotReader(io.RawIOBase):
             done += count
         return length
 
-    def read_into(self, target: memoryview, offset_bytes: int) -> None:
-        """Fill `target`, which lies inside, as long reads want it: neighbours in a pack are read in one go.
-
-        Raises what `pread_into` raises.
-        """
-        size, end = self._objects.chunk_bytes, offset_bytes + len(target)
-        if offset_bytes < 0 or end > self.size_bytes:
-            raise UsageError(f"bytes {offset_bytes} to {end} are not inside of the snapshot")
-        first, last = offset_bytes // size, (end + size - 1) // size
-        target[:] = bytes(len(target))
-        for begin, node in tree.leaves(self.snapshot.tree, self._objects.node, first, last):
-            low = max(0, first - begin)
-            slots = tree.used_slots(node[low : last - begin]) + low
-            for number, plain in self._objects.chunks(ids_of(node[slots].tobytes())):
-                if isinstance(plain, DamagedError):
-                    raise plain
-                start = (begin + int(slots[number])) * size
-                low_byte, high_byte = max(start, offset_bytes), min(start + size, end)
-                part = memoryview(plain)[low_byte - start : high_byte - start]
-                target[low_byte - offset_bytes : high_byte - offset_bytes] = part
-
-    def data_extents(self) -> Extents:
-        """Where the map has chunks; everything else reads as zeros: int64 array of shape (n, 2)."""
-        size = self._objects.chunk_bytes
-        rows = [extents.empty()]
-        for begin, node in tree.leaves(self.snapshot.tree, self._objects.node):
-            rows.append(extents.from_blocks(tree.used_slots(node) + begin, size, self.size_bytes))
-        return extents.merged(np.concatenate(rows))
-
     def _chunk(self, number: int) -> Buffer | None:
         """A chunk's bytes; None for zeros."""
         object_id = self._id(number)
