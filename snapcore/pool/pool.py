@@ -682,7 +682,7 @@ class Pool:
     # Who uses what
 
     def reader_of(self, path: str | os.PathLike[str]) -> str | None:
-        """Who would read other bytes if a file were written: a disk or snapshot over it, or the pool; or None."""
+        """Who would read other bytes if a file were written: a disk or snapshot over it, the pool itself, or None."""
         try:
             found = os.stat(path)
         except OSError:
