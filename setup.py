@@ -9,7 +9,7 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-KERNELS = ("scan", "digest", "lz", "pages", "blockmap", "core", "space", "log", "volume", "nbd")
+KERNELS = ("scan", "digest", "lz", "pages", "blockmap", "core", "space", "log", "volume", "nbd", "presence")
 
 sanitize = os.environ.get("SNAPCORE_SANITIZE", "")
 flags = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"] if sanitize else ["-O3"]

@@ -43,8 +43,8 @@ if [ "$sanitizers" = thread ]; then
     export PYTHONDONTWRITEBYTECODE=1
     PYTHONPATH=$scratch setarch -R "$python" - "$scratch" <<'CHECK'
 import sys
-from snapcore import blockmap, core, log, nbd, pages, space, volume
-for kernel in (blockmap, core, log, nbd, pages, space, volume):
+from snapcore import blockmap, core, log, nbd, pages, presence, space, volume
+for kernel in (blockmap, core, log, nbd, pages, presence, space, volume):
     assert kernel.__file__.startswith(sys.argv[1]), f"{kernel.__file__} is not the kernel that was built"
     with open(kernel.__file__, "rb") as file:
         assert b"__tsan_" in file.read(), f"{kernel.__file__} is not instrumented"
@@ -64,8 +64,8 @@ export PYTHONDONTWRITEBYTECODE=1
 # What is tested is what was built here, and it is instrumented.
 "$python" - "$scratch" <<'CHECK'
 import sys
-from snapcore import blockmap, core, digest, log, lz, nbd, pages, scan, space, volume
-for kernel in (blockmap, core, digest, log, lz, nbd, pages, scan, space, volume):
+from snapcore import blockmap, core, digest, log, lz, nbd, pages, presence, scan, space, volume
+for kernel in (blockmap, core, digest, log, lz, nbd, pages, presence, scan, space, volume):
     assert kernel.__file__.startswith(sys.argv[1]), f"{kernel.__file__} is not the kernel that was built"
     with open(kernel.__file__, "rb") as file:
         code = file.read()

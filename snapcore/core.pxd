@@ -2,6 +2,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from snapcore.blockmap cimport Trees
+from snapcore.presence cimport PresenceState
 from snapcore.pages cimport Numbers, Pages, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 
 
@@ -34,6 +35,8 @@ cpdef enum:
     BLOCK_OUTSIDE = -15
     DATA_LOST = -16
     WOULD_WAIT = -17
+    NOT_HERE = -18
+    FETCH_FAILED = -19
 
 cpdef enum:
     BLOCK_BYTES = 4096
@@ -52,6 +55,21 @@ cdef struct Trouble:
     int code
     uint64_t where
 
+# What absent blocks are read from: a descriptor, or one of those below. Of an image that is not all here: what is, and
+# the Python callable that gets the rest. `next` is the one that was there before.
+cdef struct Backing:
+    int descriptor
+    uint64_t size_bytes
+    int64_t mtime_ns
+    PresenceState *presence
+    void *fetch
+    Backing *next
+
+cdef enum:
+    NO_BACKING = -1
+    # An image that a disk reads from, and that is not there.
+    LOST_BACKING = -2
+
 # A version that is read or written. `next` links all that are attached.
 cdef struct VolumeState:
     uint64_t root
@@ -66,9 +84,8 @@ cdef struct VolumeState:
     int readers
     int watched
     int stirred
-    int backing
-    uint64_t backing_bytes
-    int64_t backing_mtime_ns
+    # Never NULL, and never changed: another one takes its place.
+    Backing *backing
     uint64_t window_next
     uint64_t window_end
     # Blocks that are held and hold zeros on the host already; 1 + the commits at the last take, 0 before it.

@@ -1,6 +1,7 @@
 # The C API of the pool's data path: free functions, no Python object, safe from many threads.
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 
+from snapcore.presence cimport Presence
 from snapcore.core cimport Core, CoreState, Trouble, VolumeState
 
 
@@ -22,4 +23,9 @@ cdef int volume_zero(
 cdef class Volume:
     cdef VolumeState *volume
     cdef readonly Core core
+    # What readers may look at.
+    cdef object _kept
     cdef void _unlink(self)
+    cdef int _put_backing(
+        self, int descriptor, uint64_t size_bytes, int64_t mtime_ns, Presence presence, object fetch
+    ) except -1

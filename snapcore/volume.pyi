@@ -1,12 +1,13 @@
 """The pool's data path. Everything here is safe from many threads and lets go of the interpreter while it works."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
 from snapcore.core import Core
+from snapcore.presence import Presence
 
 def close_gates(volumes: Iterable[Volume]) -> None:
     """Let no write begin, and wait for those that have begun."""
@@ -25,6 +26,9 @@ class Volume:
         Its parent is a ghost, so a write may take a block away from that.
     backing : int
         Descriptor of the image that absent blocks are read from; -1 none, -2 there is one that cannot be opened.
+    presence, fetch
+        Of an image that is not all here: what is, and a callable that gets the bytes from one offset to another; it
+        returns 0 when they are here, else an errno.
     """
 
     core: Core
@@ -42,6 +46,8 @@ class Volume:
         backing: int = -1,
         backing_bytes: int = 0,
         backing_mtime_ns: int = 0,
+        presence: Presence | None = None,
+        fetch: Callable[[int, int], int] | None = None,
     ) -> None: ...
     def replay(self, position: int, count: int, entry: int) -> None:
         """Do a MAP record again."""
@@ -64,7 +70,14 @@ class Volume:
         """Whether a block was taken away from a ghost since this was asked last."""
     def change(self, *, root: int, parent: int, size_bytes: int, version: int, watched: bool) -> None:
         """Become another version; only while the gate is closed."""
-    def change_backing(self, backing: int, backing_bytes: int, backing_mtime_ns: int) -> None:
+    def change_backing(
+        self,
+        backing: int,
+        backing_bytes: int,
+        backing_mtime_ns: int,
+        presence: Presence | None = None,
+        fetch: Callable[[int, int], int] | None = None,
+    ) -> None:
         """Read absent blocks from another image."""
     def pread_into(self, buffer: Buffer, offset: int) -> int:
         """Fill a buffer; returns how many bytes, fewer at the end."""

@@ -527,9 +527,13 @@ cdef bint _add_gap(
         return True
     if not allocation:
         return _add_extent(extents, end - start, 0)
-    if target.volume.backing != NO_BACKING:
-        below = min(max(target.volume.backing_bytes, start), end)
-        _add_file(target.volume.backing, start, below, extents)
+    if target.volume.backing.descriptor != NO_BACKING:
+        below = min(max(target.volume.backing.size_bytes, start), end)
+        if target.volume.backing.presence == NULL:
+            _add_file(target.volume.backing.descriptor, start, below, extents)
+        elif below > start and not _add_extent(extents, below - start, 0):
+            # A hole of an image that fills up may be what is not here yet.
+            return False
         if extents.count == extents.limit:
             return False
         start = max(start, below)
@@ -1082,7 +1086,7 @@ cdef bint _may_stall(const ExportState *target, uint64_t offset, uint64_t length
     if target.volume == NULL:
         return not target.quick
     # The rest of a block comes from the image below.
-    return target.volume.backing != NO_BACKING and (offset % BLOCK_BYTES or length % BLOCK_BYTES)
+    return target.volume.backing.descriptor != NO_BACKING and (offset % BLOCK_BYTES or length % BLOCK_BYTES)
 
 
 cdef int _write_later(ConnectionState *connection, const Request *request) noexcept nogil:
@@ -1126,7 +1130,7 @@ cdef int _status_request(ConnectionState *connection, const Request *request) no
     cdef int code
     if connection.context_count == 0:
         return _answer(connection, request, EINVAL)
-    if target.volume.backing != NO_BACKING if target.volume != NULL else not target.quick:
+    if target.volume.backing.descriptor != NO_BACKING if target.volume != NULL else not target.quick:
         return _hand_over(connection, request, NULL)
     if connection.outbox.bytes > OUTBOX_BYTES // 2:
         _send_outbox(connection)

@@ -12,7 +12,7 @@ Rules and proofs: docs/DESIGN.md ("The pool"). The order of a write:
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EAGAIN
+from libc.errno cimport EAGAIN, EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -20,13 +20,14 @@ from libc.string cimport memcpy, memset
 from snapcore.blockmap cimport ABSENT, FAN_OUT, LOST, ZERO, tree_fill, tree_lookup, tree_set
 from snapcore.core cimport (
     BACKING_CHANGED, BACKING_READ_FAILED, BLOCK_BYTES, BLOCK_OUTSIDE, DATA_LOST, DATA_READ_FAILED, DETACHED,
-    LIMIT_REACHED, LOG_FULL, NOT_WRITABLE, OUT_OF_RANGE, STOPPED, WOULD_WAIT, WRITE_FAILED, Core, CoreState, Operation,
-    Trouble, VolumeState, __ATOMIC_SEQ_CST, __atomic_add_fetch, __atomic_load_n, core_lock, core_unlock, map_trouble,
-    max_blocks, medium_get, medium_pause, medium_put, medium_status, pthread_cond_broadcast, pthread_cond_wait,
-    trouble_set,
+    FETCH_FAILED, LIMIT_REACHED, LOG_FULL, LOST_BACKING, NO_BACKING, NOT_HERE, NOT_WRITABLE, OUT_OF_RANGE, STOPPED,
+    WOULD_WAIT, WRITE_FAILED, Backing, Core, CoreState, Operation, Trouble, VolumeState, __ATOMIC_SEQ_CST,
+    __atomic_add_fetch, __atomic_load_n, core_lock, core_unlock, map_trouble, max_blocks, medium_get, medium_pause,
+    medium_put, medium_status, pthread_cond_broadcast, pthread_cond_wait, trouble_set,
 )
 from snapcore.log cimport RECORD_BYTES, log_map, log_room
 from snapcore.pages cimport NO_MEMORY, Numbers, numbers_free, numbers_reserve, pages_trim
+from snapcore.presence cimport Presence, presence_missing
 from snapcore.space cimport (
     FIRST_BLOCK, space_bit, space_free, space_give_back, space_grow, space_let_go, space_let_go_ready, space_take,
     space_take_back, space_use,
@@ -45,9 +46,6 @@ cdef enum:
     READY_BLOCKS = 64
     # Larger writes spread what a flush costs by themselves.
     SMALL_WRITE_BLOCKS = 16
-    NO_BACKING = -1
-    # An image that a disk reads from, and that is not there.
-    LOST_BACKING = -2
 
 cdef uint64_t MAX_SIZE_BYTES = <uint64_t> 1 << 47
 cdef uint8_t[READY_BLOCKS * BLOCK_BYTES] ZEROS
@@ -70,25 +68,33 @@ cdef int _look_up(
 # Reading
 
 cdef int _read_backing(
-    VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached, Trouble *trouble
+    const Backing *backing, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached, Trouble *trouble
 ) noexcept nogil:
     cdef unsigned long long now_bytes = 0
     cdef long long mtime_ns = 0
     cdef uint64_t got = 0
     cdef uint64_t inside = 0
+    cdef uint64_t missing
     cdef int code
-    if volume.backing == LOST_BACKING and offset < volume.backing_bytes:
+    if backing.descriptor == LOST_BACKING and offset < backing.size_bytes:
         return trouble_set(trouble, BACKING_CHANGED, 0, offset)
-    if volume.backing != NO_BACKING and offset < volume.backing_bytes:
-        inside = min(size_bytes, volume.backing_bytes - offset)
-        code = medium_get(volume.backing, data, inside, offset, cached, &got)
+    if backing.descriptor != NO_BACKING and offset < backing.size_bytes:
+        inside = min(size_bytes, backing.size_bytes - offset)
+        if backing.presence != NULL:
+            missing = presence_missing(backing.presence, offset, offset + inside)
+            if missing < offset + inside:
+                return trouble_set(trouble, WOULD_WAIT if cached else NOT_HERE, 0, missing)
+        code = medium_get(backing.descriptor, data, inside, offset, cached, &got)
         if cached and code == EAGAIN:
             return trouble_set(trouble, WOULD_WAIT, 0, offset)
         if code == 0:
-            code = medium_status(volume.backing, &now_bytes, &mtime_ns)
+            code = medium_status(backing.descriptor, &now_bytes, &mtime_ns)
         if code:
             return trouble_set(trouble, BACKING_READ_FAILED, code, offset + got)
-        if now_bytes != volume.backing_bytes or mtime_ns != volume.backing_mtime_ns or got < inside:
+        # An image that fills up is the pool's own: its time says nothing.
+        if backing.presence != NULL:
+            mtime_ns = backing.mtime_ns
+        if now_bytes != backing.size_bytes or mtime_ns != backing.mtime_ns or got < inside:
             return trouble_set(trouble, BACKING_CHANGED, 0, offset + got)
     memset(data + inside, 0, size_bytes - inside)
     return 0
@@ -107,7 +113,7 @@ cdef int _read_data(
 
 
 cdef int _read_entries(
-    CoreState *core, VolumeState *volume, const uint64_t *entries, uint64_t first, uint8_t *data,
+    CoreState *core, const Backing *backing, const uint64_t *entries, uint64_t first, uint8_t *data,
     uint64_t start, uint64_t end, bint cached, Trouble *trouble
 ) noexcept nogil:
     """Read bytes `start` to `end` of a volume, whose entries from block `first` on are given."""
@@ -133,7 +139,7 @@ cdef int _read_entries(
         elif entry == LOST:
             return trouble_set(trouble, DATA_LOST, 0, at)
         elif entry == ABSENT:
-            result = _read_backing(volume, data + (at - start), length, at, cached, trouble)
+            result = _read_backing(backing, data + (at - start), length, at, cached, trouble)
         else:
             memset(data + (at - start), 0, length)
             result = 0
@@ -143,7 +149,40 @@ cdef int _read_entries(
     return 0
 
 
+cdef int _fetch(CoreState *core, VolumeState *volume, uint64_t start, uint64_t end, Trouble *trouble) noexcept nogil:
+    """Get a range of the image that is not all here. Nothing is held meanwhile: no cut and no reclaim waits for it."""
+    cdef void *fetch
+    cdef int code
+    core_lock(core)
+    fetch = volume.backing.fetch
+    core_unlock(core)
+    # Another image has taken its place meanwhile: it is looked at anew.
+    if fetch == NULL:
+        return 0
+    code = _call(fetch, start, end)
+    return trouble_set(trouble, FETCH_FAILED, code, start) if code else 0
+
+
+cdef int _call(void *fetch, uint64_t start, uint64_t end) noexcept with gil:
+    try:
+        return (<object> fetch)(start, end)
+    except BaseException:
+        return EIO
+
+
 cdef int volume_read(
+    CoreState *core, VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached,
+    Trouble *trouble
+) noexcept nogil:
+    cdef int result = _read_here(core, volume, data, size_bytes, offset, cached, trouble)
+    while result == NOT_HERE:
+        result = _fetch(core, volume, trouble.where, offset + size_bytes, trouble)
+        if result == 0:
+            result = _read_here(core, volume, data, size_bytes, offset, cached, trouble)
+    return result
+
+
+cdef int _read_here(
     CoreState *core, VolumeState *volume, uint8_t *data, uint64_t size_bytes, uint64_t offset, bint cached,
     Trouble *trouble
 ) noexcept nogil:
@@ -151,6 +190,7 @@ cdef int volume_read(
     cdef uint64_t at = offset
     cdef uint64_t end = offset + size_bytes
     cdef uint64_t first, stop
+    cdef const Backing *backing
     cdef int epoch
     cdef int result = 0
     while at < end and result == 0:
@@ -167,11 +207,12 @@ cdef int volume_read(
         if result < 0:
             core_unlock(core)
             return result
+        backing = volume.backing
         epoch = core.epoch
         __atomic_add_fetch(&core.readers[epoch], 1, __ATOMIC_SEQ_CST)
         __atomic_add_fetch(&volume.readers, 1, __ATOMIC_SEQ_CST)
         core_unlock(core)
-        result = _read_entries(core, volume, entries, first, data + (at - offset), at, stop, cached, trouble)
+        result = _read_entries(core, backing, entries, first, data + (at - offset), at, stop, cached, trouble)
         __atomic_add_fetch(&core.readers[epoch], -1, __ATOMIC_SEQ_CST)
         __atomic_add_fetch(&volume.readers, -1, __ATOMIC_SEQ_CST)
         at = stop
@@ -271,7 +312,8 @@ cdef int _write_edge(
     else:
         memset(block, 0, BLOCK_BYTES)
         result = _read_entries(
-            core, volume, old, position, block, position * BLOCK_BYTES, position * BLOCK_BYTES + whole, False, trouble
+            core, volume.backing, old, position, block, position * BLOCK_BYTES, position * BLOCK_BYTES + whole, False,
+            trouble,
         )
         if result < 0:
             return result
@@ -433,6 +475,18 @@ cdef void _make_ready(CoreState *core, VolumeState *volume) noexcept nogil:
 cdef int volume_write(
     CoreState *core, VolumeState *volume, const uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
 ) noexcept nogil:
+    cdef int result = _write_here(core, volume, data, size_bytes, offset, trouble)
+    # The rest of a block that is written in part: nothing else has to be here.
+    while result == NOT_HERE:
+        result = _fetch(core, volume, trouble.where, trouble.where + 1, trouble)
+        if result == 0:
+            result = _write_here(core, volume, data, size_bytes, offset, trouble)
+    return result
+
+
+cdef int _write_here(
+    CoreState *core, VolumeState *volume, const uint8_t *data, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+) noexcept nogil:
     cdef uint64_t at = offset
     cdef uint64_t end = offset + size_bytes
     cdef uint64_t stop
@@ -459,7 +513,7 @@ cdef int _zero_edge(
     cdef int result = _look_up(core, volume.root, start // BLOCK_BYTES, 1, &entry, trouble)
     if result < 0:
         return result
-    if entry == ZERO or (entry == ABSENT and volume.backing == NO_BACKING):
+    if entry == ZERO or (entry == ABSENT and volume.backing.descriptor == NO_BACKING):
         return 0
     return _write_part(core, volume, ZEROS, start, end, trouble)
 
@@ -471,7 +525,7 @@ cdef int _zero_blocks(
     cdef Numbers freed
     cdef uint64_t at = first
     cdef uint64_t before
-    cdef uint64_t entry = ABSENT if volume.backing == NO_BACKING else ZERO
+    cdef uint64_t entry = ABSENT if volume.backing.descriptor == NO_BACKING else ZERO
     cdef int result = 0
     while at < last:
         memset(&freed, 0, sizeof(freed))
@@ -499,6 +553,17 @@ cdef int _zero_blocks(
 
 
 cdef int volume_zero(
+    CoreState *core, VolumeState *volume, uint64_t size_bytes, uint64_t offset, Trouble *trouble
+) noexcept nogil:
+    cdef int result = _zero_here(core, volume, size_bytes, offset, trouble)
+    while result == NOT_HERE:
+        result = _fetch(core, volume, trouble.where, trouble.where + 1, trouble)
+        if result == 0:
+            result = _zero_here(core, volume, size_bytes, offset, trouble)
+    return result
+
+
+cdef int _zero_here(
     CoreState *core, VolumeState *volume, uint64_t size_bytes, uint64_t offset, Trouble *trouble
 ) noexcept nogil:
     cdef uint64_t end = offset + size_bytes
@@ -612,6 +677,7 @@ cdef class Volume:
     def __cinit__(
         self, Core core not None, *, uint64_t root, uint64_t parent, uint64_t size_bytes, uint32_t version,
         bint writable, bint watched=False, int backing=NO_BACKING, uint64_t backing_bytes=0, int64_t backing_mtime_ns=0,
+        Presence presence=None, fetch=None,
     ):
         if size_bytes > MAX_SIZE_BYTES:
             raise ValueError("a volume has at most 128 TiB")
@@ -625,9 +691,7 @@ cdef class Volume:
         self.volume.version = version
         self.volume.writable = writable
         self.volume.watched = watched
-        self.volume.backing = backing
-        self.volume.backing_bytes = backing_bytes
-        self.volume.backing_mtime_ns = backing_mtime_ns
+        self._put_backing(backing, backing_bytes, backing_mtime_ns, presence, fetch)
         with nogil:
             core_lock(core.core)
         self.volume.attached = not core.core.closed
@@ -636,8 +700,13 @@ cdef class Volume:
         core_unlock(core.core)
 
     def __dealloc__(self):
+        cdef Backing *backing
         if self.volume != NULL:
             self._unlink()
+            while self.volume.backing != NULL:
+                backing = self.volume.backing
+                self.volume.backing = backing.next
+                free(backing)
             free(self.volume)
 
     cdef void _unlink(self):
@@ -721,13 +790,30 @@ cdef class Volume:
             self.volume.watched = watched
             core_unlock(self.core.core)
 
-    def change_backing(self, int backing, uint64_t backing_bytes, int64_t backing_mtime_ns):
+    cdef int _put_backing(
+        self, int descriptor, uint64_t size_bytes, int64_t mtime_ns, Presence presence, object fetch
+    ) except -1:
+        """Readers may still look at the one before: it lives as long as this object, and what it refers to."""
+        cdef Backing *backing = <Backing *> calloc(1, sizeof(Backing))
+        if backing == NULL:
+            raise MemoryError
+        self._kept = (self._kept, presence, fetch)
+        backing.descriptor = descriptor
+        backing.size_bytes = size_bytes
+        backing.mtime_ns = mtime_ns
+        backing.presence = NULL if presence is None else &presence.state
+        backing.fetch = NULL if fetch is None else <void *> fetch
         with nogil:
             core_lock(self.core.core)
+            backing.next = self.volume.backing
             self.volume.backing = backing
-            self.volume.backing_bytes = backing_bytes
-            self.volume.backing_mtime_ns = backing_mtime_ns
             core_unlock(self.core.core)
+        return 0
+
+    def change_backing(
+        self, int backing, uint64_t backing_bytes, int64_t backing_mtime_ns, Presence presence=None, fetch=None
+    ):
+        self._put_backing(backing, backing_bytes, backing_mtime_ns, presence, fetch)
 
     def pread_into(self, buffer, int64_t offset):
         # A buffer and not a typed memoryview, which takes as long to make as the read.

@@ -403,3 +403,42 @@ def read_sectors(data: bytes, seed: int) -> list[list[int]]:
         state = 1 if checksum == xxh64(sector[8:], seed) else 2 if any(sector) else 0
         found.append([state, number, *rest])
     return found
+
+
+class Presence:
+    """A set of chunks that are here."""
+
+    def __init__(self, size_bytes: int, chunk_bytes: int) -> None:
+        self.chunks = -(-size_bytes // chunk_bytes)
+        self.held: set[int] = set()
+
+    @property
+    def here(self) -> int:
+        """How many."""
+        return len(self.held)
+
+    def add(self, first: int, count: int) -> None:
+        """These are here."""
+        self.held.update(range(first, first + count))
+
+    def missing(self, first: int, count: int) -> list[list[int]]:
+        """Runs of those that are not."""
+        runs: list[list[int]] = []
+        for chunk in range(first, min(first + count, self.chunks)):
+            if chunk in self.held:
+                continue
+            if runs and sum(runs[-1]) == chunk:
+                runs[-1][1] += 1
+            else:
+                runs.append([chunk, 1])
+        return runs
+
+    def to_bytes(self) -> bytes:
+        """Bit by bit."""
+        words = -(-self.chunks // 64)
+        return sum(1 << chunk for chunk in self.held).to_bytes(words * 8, "little")
+
+    def load(self, data: bytes) -> None:
+        """Take the bits of `to_bytes`."""
+        bits = int.from_bytes(data, "little")
+        self.held = {chunk for chunk in range(self.chunks) if bits >> chunk & 1}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from snapcore.cli import images, output
+
+if TYPE_CHECKING:
+    from snapcore.pool import Disk
 
 
 @click.group()
@@ -28,17 +33,19 @@ def _say(facts: dict[str, object], line: str, *, as_json: bool) -> None:
 @click.option(
     "--from",
     "source",
-    metavar="SNAPSHOT|DISK|IMAGE",
-    help="What it holds at first. An image is read from where it stands, and must stay as it is.",
+    metavar="SNAPSHOT|DISK|IMAGE|REPO:SNAPSHOT",
+    help="What it holds at first. An image is read from where it stands, and must stay as it is; of a repository's "
+    "snapshot is fetched what is read.",
 )
 @output.json_option
 def create(name: str, place: str, size: int | None, source: str | None, as_json: bool) -> None:
     """Make a disk, in constant time: an empty one, or one that shares all blocks with what it is made from."""
-    from snapcore.cli import pooled
+    from snapcore.cli import lazy, pooled
     from snapcore.pool import Pool
 
-    with Pool.open(place) as found:
-        made = found.create_disk(name, size, source)
+    with Pool.open(place, regions=lazy.open_region) as found:
+        region = None if source is None or os.path.exists(source) else lazy.region_of(source)
+        made = found.create_disk(name, size, source if region is None else region)
         _say(pooled.disk_facts(made), f"made disk {made.name} of {output.size(made.size_bytes)}", as_json=as_json)
 
 
@@ -148,6 +155,53 @@ def reset(name: str, place: str, as_json: bool) -> None:
         wanted.reset()
         facts = pooled.disk_facts(wanted)
         _say(facts, f"disk {wanted.name} is as it was made", as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@output.pool_option
+@click.option("--rate", type=output.Size(), help="Bytes in a second at the most.")
+@click.option("--wait", is_flag=True, help="Fetch what is not here; without it, only say how far it is.")
+@output.json_option
+def hydrate(name: str, place: str, rate: int | None, wait: bool, as_json: bool) -> None:
+    """Say how much is here of a disk that was made from a repository's snapshot, and with --wait fetch the rest."""
+    from snapcore.cli import lazy
+    from snapcore.pool import Pool
+
+    with Pool.open(place, regions=lazy.open_region) as found:
+        wanted = found.open_disk(name)
+        if wait:
+            with output.bar() as progress:
+                wanted.hydrate(rate, wait=True, progress=progress)
+        _say_hydration(wanted, as_json=as_json)
+
+
+def _say_hydration(wanted: Disk, *, as_json: bool) -> None:
+    found = wanted.hydration()
+    if found is None:
+        _say({"disk": wanted.name, "lazy": False}, f"disk {wanted.name} needs no repository", as_json=as_json)
+        return
+    percent = 100 * found.here_bytes / found.total_bytes
+    facts: dict[str, object] = {"disk": wanted.name, "lazy": True, "here_bytes": found.here_bytes}
+    facts |= {"total_bytes": found.total_bytes, "percent": round(percent, 3)}
+    here, total = output.size(found.here_bytes), output.size(found.total_bytes)
+    _say(facts, f"disk {wanted.name}: {here} of {total} here ({percent:.1f} %)", as_json=as_json)
+
+
+@disk.command()
+@click.argument("name")
+@output.pool_option
+@output.json_option
+def decouple(name: str, place: str, as_json: bool) -> None:
+    """Fetch all that is not here of a disk that was made from a repository's snapshot; it needs that no more."""
+    from snapcore.cli import lazy
+    from snapcore.pool import Pool
+
+    with Pool.open(place, regions=lazy.open_region) as found:
+        wanted = found.open_disk(name)
+        with output.bar() as progress:
+            wanted.decouple(progress)
+        _say_hydration(wanted, as_json=as_json)
 
 
 @disk.command()

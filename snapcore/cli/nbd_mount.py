@@ -29,6 +29,7 @@ def nbd_mount(name: str, folder: str, place: str, read_only: bool, as_json: bool
     """
     from urllib.parse import quote
 
+    from snapcore.cli import lazy
     from snapcore.cli.serving import until_told
     from snapcore.pool import Pool
     from snapcore.server.nbd import NbdServer
@@ -39,7 +40,7 @@ def nbd_mount(name: str, folder: str, place: str, read_only: bool, as_json: bool
     path = os.path.join(folder, _FILE)
     with (
         until_told() as told,
-        Pool.open(place, read_only=read_only) as pool,
+        Pool.open(place, read_only=read_only, regions=lazy.open_region) as pool,
         tempfile.TemporaryDirectory(prefix="snapcore-") as private,
     ):
         where = os.path.join(private, "nbd")

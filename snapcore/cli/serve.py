@@ -73,6 +73,7 @@ def serve(
     An export is called DISK, @SNAPSHOT or DISK@SNAPSHOT; with ?cow behind a snapshot, clients write to a throw-away
     disk. With --json, what happens is printed as one object a line.
     """
+    from snapcore.cli import lazy
     from snapcore.cli.serving import until_told
     from snapcore.pool import Pool
     from snapcore.server.nbd import NbdServer, listening
@@ -81,7 +82,11 @@ def serve(
         raise click.UsageError("give a pool (-p DIR) or images (--image NAME=PATH), or both")
     listeners = [] if listen else listening.activated(os.environ)
     with until_told() as told, contextlib.ExitStack() as open_:
-        pool = None if place is None else open_.enter_context(Pool.open(place, read_only=read_only))
+        pool = (
+            None
+            if place is None
+            else open_.enter_context(Pool.open(place, read_only=read_only, regions=lazy.open_region))
+        )
         server = NbdServer(
             pool,
             listen=listen or (() if listeners else (listening.default_address(),)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from snapcore.pool.catalog import Region
 from snapcore.pool.check import Checked, check
 from snapcore.pool.compact import Compacted
 from snapcore.pool.disk import Allocation, Disk, Snapshot
+from snapcore.pool.lazy import Hydration
 from snapcore.pool.pool import Pool
 from snapcore.pool.transfer import Exported
 from snapcore.pool.usage import PoolUsage, VersionUsage
@@ -15,8 +17,10 @@ __all__ = [
     "Compacted",
     "Disk",
     "Exported",
+    "Hydration",
     "Pool",
     "PoolUsage",
+    "Region",
     "Snapshot",
     "VersionUsage",
     "check",

@@ -16,6 +16,8 @@ from snapcore.errors import DamagedError
 
 # Numbers are of 32 bits in the log; a change takes a few hundred at the most.
 MAX_ID = (1 << 32) - (1 << 16)
+MIN_CHUNK_BYTES = 4096
+MAX_CHUNK_BYTES = 64 << 20
 
 Kind = Literal["head", "snapshot", "ghost"]
 
@@ -66,13 +68,28 @@ class DiskRecord(msgspec.Struct, forbid_unknown_fields=True):
     origin: int = 0
 
 
-class Backing(msgspec.Struct, forbid_unknown_fields=True):
-    """A raw image that disks read from; it must stay as it was."""
+class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A snapshot in a repository: where that is, the ids of both, and the length of the repository's chunks."""
+
+    url: str
+    repository: str
+    snapshot: str
+    chunk_bytes: int
+
+
+class Backing(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A raw image that disks read from; it must stay as it was. With a region: one that fills up from there."""
 
     id: int
     path: str
     size_bytes: int
     mtime_ns: int
+    region: Region | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the pool's: in its folder, which may move. Others have absolute paths."""
+        return self.path == f"lazy/{self.id}.data"
 
 
 class Group(msgspec.Struct, forbid_unknown_fields=True):
@@ -236,6 +253,20 @@ def _check_versions(catalog: Catalog) -> None:
     for backing in catalog.backings.values():
         if not 0 <= backing.size_bytes <= 1 << 47 or not -(1 << 63) <= backing.mtime_ns < 1 << 63:
             raise ValueError(f"image {backing.id} has values that none has")
+        if backing.is_own or backing.region is not None:
+            _check_own(backing)
+
+
+def _check_own(backing: Backing) -> None:
+    """A name that leads nowhere else, and chunks of which a bitmap can be made."""
+    chunk_bytes = backing.region.chunk_bytes if backing.region is not None else MAX_CHUNK_BYTES
+    if (
+        not backing.is_own
+        or not backing.size_bytes
+        or not MIN_CHUNK_BYTES <= chunk_bytes <= MAX_CHUNK_BYTES
+        or chunk_bytes & (chunk_bytes - 1)
+    ):
+        raise ValueError(f"image {backing.id} has values that none of the pool's own has")
 
 
 def _check_disks(catalog: Catalog) -> None:

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from snapcore.errors import ExistsError, RefusedError, UsageError, from_os_error
 from snapcore.pool import events
-from snapcore.pool.catalog import Backing, Catalog, Version
+from snapcore.pool.backings import path_of
+from snapcore.pool.catalog import Backing, Catalog, Region, Version
 
 MAX_SIZE_BYTES = 1 << 47
 _NAME = re.compile(r"[^\W\d_][^\x00-\x1f/]{0,127}")
@@ -77,6 +78,21 @@ def make_disk_over(catalog: Catalog, name: str, size_bytes: int | None, image: s
     return _new_disk(catalog, name, _checked_size(name, size_bytes, backing.size_bytes, source), 0, backing)
 
 
+def make_lazy_disk(catalog: Catalog, name: str, size_bytes: int | None, image: Backing, source: str) -> Prepared[int]:
+    """A disk over an image that fills up; `image` is what `lazy_image` said."""
+    return _new_disk(catalog, name, _checked_size(name, size_bytes, image.size_bytes, source), 0, image)
+
+
+def lazy_image(catalog: Catalog, region: Region, size_bytes: int, used: int) -> Backing:
+    """The image of a snapshot in a region: the one that there is, or a new one behind the `used` next numbers."""
+    for record in catalog.backings.values():
+        there = record.region
+        if there is not None and (there.repository, there.snapshot) == (region.repository, region.snapshot):
+            return record
+    number = catalog.next_id + used
+    return Backing(number, path_of(number), size_bytes, 0, region)
+
+
 def _new_disk(catalog: Catalog, name: str, size_bytes: int, parent: int, backing: Backing | None) -> Prepared[int]:
     number, version = catalog.next_id, catalog.next_id + 1
     return events.MakeDisk(number, version, name, size_bytes, time.time_ns(), parent, backing), [], number
@@ -130,6 +146,11 @@ def roll_back(catalog: Catalog, disk: int, snapshot: Version) -> Prepared[None]:
         )
     event = events.Rehead(disk, catalog.next_id, snapshot.id, snapshot.size_bytes, snapshot.backing)
     return event, [disk], None
+
+
+def roll_back_to(catalog: Catalog, disk: int, image: Backing) -> Prepared[None]:
+    """A disk holds what an image that fills up will."""
+    return events.Rehead(disk, catalog.next_id, 0, image.size_bytes, image.id, image), [disk], None
 
 
 def reset(catalog: Catalog, disk: int) -> Prepared[None]:

@@ -64,6 +64,8 @@ class Checkpointer:
         Of the last checkpoint.
     catalog_refs : list of int
         Pages of its catalog.
+    must_read : int
+        Feature bits that the next one has.
     written_bytes : int
         To the map and the superblock, in all checkpoints so far.
     """
@@ -72,6 +74,7 @@ class Checkpointer:
         self.files = files
         self.superblock = superblock
         self.catalog_refs = catalog_refs
+        self.must_read = superblock.must_read
         self.written_bytes = 0
 
     def keep_back(self, core: Core) -> None:
@@ -115,6 +118,7 @@ class Checkpointer:
             space_root=frozen.space_root,
             limit_bytes=limit_bytes,
             clean=clean,
+            must_read=self.must_read,
         )
         self._write_superblock(core, superblock)
         pages.free_pages(np.array(self.catalog_refs, dtype=np.uint64))

@@ -21,6 +21,7 @@ from snapcore.pages import Failure
 from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
 from snapcore.pool.failures import typed
+from snapcore.pool.lazy import Hydration, LazyImage
 from snapcore.pool.transfer import Exported
 from snapcore.progress import ProgressCallback
 from snapcore.volume import Volume
@@ -77,6 +78,12 @@ class Owner(Protocol):
     def delete_snapshot(self, snapshot: Snapshot) -> None:
         """What `Snapshot.delete` does."""
 
+    def hydrate_disk(self, disk: Disk, rate: float | None, *, wait: bool, progress: ProgressCallback | None) -> None:
+        """What `Disk.hydrate` does."""
+
+    def decouple_disk(self, disk: Disk, progress: ProgressCallback | None) -> None:
+        """What `Disk.decouple` does."""
+
     def attaching(self, disk: Disk, holder: str) -> contextlib.AbstractContextManager[None]:
         """What `Disk.attached` does."""
 
@@ -117,7 +124,16 @@ class Readable(abc.ABC):
     def _image(self) -> str:
         # A version that was deleted is not in the catalog any more.
         record = self._engine.catalog.versions.get(self._volume.version)
-        return self._engine.catalog.backings[record.backing].path if record is not None and record.backing else ""
+        if record is None or not record.backing:
+            return ""
+        image = self._engine.catalog.backings[record.backing]
+        return image.path if image.region is None else f"snapshot {image.region.snapshot} in {image.region.url}"
+
+    def _lazy(self) -> LazyImage | None:
+        """The image that it reads from, if that fills up from a region."""
+        record = self._engine.catalog.versions.get(self._volume.version)
+        image = None if record is None else self._engine.catalog.backings.get(record.backing)
+        return None if image is None or image.region is None else self._engine.versions.backings.lazy(image.id)
 
     def _do(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call the kernel; make room and try again where that helps."""
@@ -131,7 +147,9 @@ class Readable(abc.ABC):
                     if isinstance(argument, int) and argument < 0:
                         raise UsageError(f"{self._what()}: offset or length {argument} is negative") from None
                 with self._engine.reading():
-                    raise typed(failure, self._engine.folder, self._what(), self._image()) from None
+                    image = self._lazy()
+                    fetched = "" if image is None else image.error
+                    raise typed(failure, self._engine.folder, self._what(), self._image(), fetched) from None
             except _BAD_ARGUMENTS as error:
                 raise UsageError(f"{self._what()}: {error}") from None
         raise AssertionError
@@ -244,7 +262,7 @@ class Readable(abc.ABC):
         StoreError
         """
         with self._engine.reading() as catalog:
-            images = [record.path for record in catalog.backings.values()]
+            images = [os.path.join(self._engine.folder, record.path) for record in catalog.backings.values()]
         return transfer.export(
             self,
             target,
@@ -341,10 +359,13 @@ class Disk(Readable):
 
     @property
     def origin(self) -> tuple[str, str] | None:
-        """What it was made from: "snapshot" or "disk" and its id, or "image" and its path. None: from nothing."""
+        """What it was made from: "snapshot" or "disk" and id, "image" and path, "region" and where. None: empty."""
         record = self._engine.catalog.disks[self._number]
         if record.origin_kind == "image":
-            return "image", self._engine.catalog.backings[record.origin].path
+            image = self._engine.catalog.backings[record.origin]
+            if image.region is not None:
+                return "region", f"{image.region.url}:{image.region.snapshot}"
+            return "image", image.path
         return (record.origin_kind, str(record.origin)) if record.origin_kind else None
 
     def pwrite(self, data: Buffer, offset_bytes: int, *, fua: bool = False) -> int:
@@ -411,6 +432,37 @@ class Disk(Readable):
     def reset(self) -> None:
         """Go back to the snapshot or image that the disk came from, or to empty."""
         self.pool.reset_disk(self)
+
+    def hydration(self) -> Hydration | None:
+        """How much is here of the snapshot in a region that it reads from; None where there is none."""
+        with self._engine.reading():
+            image = self._lazy()
+            return None if image is None else image.hydration
+
+    def hydrate(
+        self, rate: float | None = None, *, wait: bool = False, progress: ProgressCallback | None = None
+    ) -> None:
+        """Fetch all that is not here yet, in the background; for all disks from the same snapshot.
+
+        Parameters
+        ----------
+        rate : float, optional
+            Bytes in a second at the most.
+        wait : bool
+            Return when all is here, and raise when a fetch fails; the background tries again all the same.
+        progress : callable, optional
+            Gets a `Progress` now and then while one waits; raising there ends the waiting and the fetching.
+
+        Raises
+        ------
+        StoreError
+            A fetch failed while one waited.
+        """
+        self.pool.hydrate_disk(self, rate, wait=wait, progress=progress)
+
+    def decouple(self, progress: ProgressCallback | None = None) -> None:
+        """Fetch all that is not here yet, then forget the region, durably: the disk needs it no more."""
+        self.pool.decouple_disk(self, progress)
 
     def resize(self, size_bytes: int) -> None:
         """Grow; what is new reads as zeros."""

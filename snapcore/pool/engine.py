@@ -18,10 +18,12 @@ from snapcore.core import LIMIT_REACHED, WRITE_FAILED, Core, LogFull
 from snapcore.errors import Error, NotFoundError, StoreError, from_os_error
 from snapcore.pages import NO_SPACE, Failure
 from snapcore.pool import events
+from snapcore.pool.backings import Leaving
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.failures import typed
 from snapcore.pool.files import Files
 from snapcore.pool.recovery import Opened
+from snapcore.pool.superblock import LAZY
 from snapcore.volume import Volume, close_gates, open_gates
 
 Result = TypeVar("Result")
@@ -62,6 +64,10 @@ class Engine:
 
     def _begin(self, opened: Opened) -> None:
         """From now on the log counts."""
+        self._begin_log(opened)
+        self.versions.backings.remove_unknown(self.catalog.backings.values())
+
+    def _begin_log(self, opened: Opened) -> None:
         try:
             if opened.checkpointer.superblock.clean and not opened.damaged_copies:
                 self.checkpointer.reopen(self.versions)
@@ -204,24 +210,38 @@ class Engine:
         if self._closed:
             raise NotFoundError(f"{what}: the pool {self.folder} is closed")
 
+    def allow_lazy(self) -> None:
+        """From now on there may be images that fill up: who does not know of them must not open the pool."""
+        with self._checkpoint_lock:
+            if not self.checkpointer.must_read & LAZY:
+                self.checkpointer.must_read |= LAZY
+                self.checkpoint()
+
     def checkpoint(self, *, clean: bool = False) -> None:
         """Bring the map file up to date; the log begins anew."""
         what = f"writing a checkpoint of the pool {self.folder}"
+        backings = self.versions.backings
+        leaving: list[Leaving] = []
         with self._checkpoint_lock:
             self._check_open(what)
             try:
                 with self._lock:
                     frozen = self.checkpointer.freeze(self.versions)
+                    leaving = backings.take_leaving()
+                    if clean and not any(record.is_own for record in self.catalog.backings.values()):
+                        self.checkpointer.must_read &= ~LAZY
                 self.checkpointer.write(self.versions, frozen, self.limit_bytes, clean=clean)
-            except OSError as error:
+            except (OSError, Failure) as error:
+                backings.keep_leaving(leaving)
                 # What is free for good is given back to the host, so that the next one may have more luck.
                 space.reclaim(self.core)
-                raise from_os_error(error, what) from error
-            except Failure as failure:
-                space.reclaim(self.core)
-                raise typed(failure, self.folder, what) from None
+                if isinstance(error, OSError):
+                    raise from_os_error(error, what) from error
+                raise typed(error, self.folder, what) from None
             self.checkpoints += 1
+            # It waits for who reads, of images too.
             space.reclaim(self.core)
+            backings.release(leaving)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -305,6 +325,7 @@ class Engine:
     def _keep(self) -> None:
         half = self.checkpointer.superblock.log_sectors // 2
         while not self._stop.wait(_KEEPER_PERIOD_S):
+            self.versions.backings.keep()
             if self.core.failed:
                 continue
             # A failure shows again, and to somebody, at the next write or flush.
@@ -320,6 +341,7 @@ class Engine:
         self._stop.set()
         if self._keeper is not None:
             self._keeper.join()
+        self.versions.backings.stop()
         # Nothing may come behind the last checkpoint, which says that the log holds nothing.
         with self._checkpoint_lock, self._lock:
             for volume in [*self.versions.volumes.values()]:
@@ -328,6 +350,7 @@ class Engine:
                 if not self.read_only and not self.core.failed:
                     self.sweep()
                     self.checkpoint(clean=True)
+                self.versions.backings.save()
             finally:
                 self.abandon()
 

@@ -11,7 +11,7 @@ from snapcore.pool.catalog import Backing
 
 
 class MakeDisk(msgspec.Struct, tag="disk", forbid_unknown_fields=True):
-    """A new disk, empty, or with the content of a snapshot (`parent`), or over an image."""
+    """A new disk, empty, or with the content of a snapshot (`parent`), or over an image, which others may use."""
 
     disk: int
     version: int
@@ -43,14 +43,18 @@ class Clone(msgspec.Struct, tag="clone", forbid_unknown_fields=True):
     size_bytes: int
 
 
-class Rehead(msgspec.Struct, tag="rehead", forbid_unknown_fields=True):
-    """A disk goes on from another version: `parent`, or nothing. The old head becomes a ghost."""
+class Rehead(msgspec.Struct, tag="rehead", forbid_unknown_fields=True, omit_defaults=True):
+    """A disk goes on from another version: `parent`, or nothing. The old head becomes a ghost.
+
+    `image` is that of `backing`, if it is new.
+    """
 
     disk: int
     version: int
     parent: int
     size_bytes: int
     backing: int
+    image: Backing | None = None
 
 
 class Resize(msgspec.Struct, tag="resize", forbid_unknown_fields=True):
@@ -79,13 +83,19 @@ class DeleteDisk(msgspec.Struct, tag="delete-disk", forbid_unknown_fields=True):
     disk: int
 
 
+class Decouple(msgspec.Struct, tag="decouple", forbid_unknown_fields=True):
+    """All of an image is here: its region is forgotten."""
+
+    backing: int
+
+
 class Sweep(msgspec.Struct, tag="sweep", forbid_unknown_fields=True):
     """The part of ghosts around this version is swept."""
 
     version: int
 
 
-Event = MakeDisk | Cut | Clone | Rehead | Resize | Rename | Delete | DeleteDisk | Sweep
+Event = MakeDisk | Cut | Clone | Rehead | Resize | Rename | Delete | DeleteDisk | Decouple | Sweep
 
 _decoder = msgspec.msgpack.Decoder(Event)
 

@@ -13,6 +13,7 @@ from snapcore.core import (
     DATA_LOST,
     DATA_READ_FAILED,
     DETACHED,
+    FETCH_FAILED,
     LIMIT_REACHED,
     LOG_FULL,
     NOT_CONSISTENT,
@@ -37,21 +38,25 @@ from snapcore.pages import DAMAGED, NO_SPACE, READ_FAILED, SLOT_BYTES, Failure
 _FULL = {28, 122, 27}  # ENOSPC, EDQUOT, EFBIG
 
 
-def typed(failure: Failure, folder: str, what: str, backing: str = "") -> Error:
-    """The error of a failure in a pool's folder, while doing something to `what`."""
+def typed(failure: Failure, folder: str, what: str, backing: str = "", fetched: str = "") -> Error:
+    """The error of a failure in a pool's folder, while doing something to `what`.
+
+    `backing` is the image that it reads from, and `fetched` what went wrong when a part of that was fetched last.
+    """
     reason = os.strerror(failure.code) if failure.code else ""
     make = _OF_MAP.get(failure.result) or _OF_WRITING.get(failure.result) or _OF_READING.get(failure.result)
     if make is None:
         return StoreError(f"{what}: {failure}")
-    return make(_Case(failure.slot, failure.code, reason, folder, what, backing))
+    return make(_Case(failure.slot, failure.code, reason, folder, what, backing, fetched))
 
 
 class _Case:
     """What a message is made of."""
 
-    def __init__(self, where: int, code: int, reason: str, folder: str, what: str, backing: str) -> None:
+    def __init__(self, where: int, code: int, reason: str, folder: str, what: str, backing: str, fetched: str) -> None:
         self.where, self.code, self.reason = where, code, reason
         self.folder, self.what, self.backing = folder, what, backing
+        self.fetched = fetched or reason
         self.map, self.data = os.path.join(folder, "map"), os.path.join(folder, "data")
 
 
@@ -98,6 +103,20 @@ def _changed(case: _Case) -> Error:
     )
 
 
+def _fetch_failed(case: _Case) -> Error:
+    if case.code == errno.ESHUTDOWN:
+        return NotFoundError(f"{case.what}: the pool {case.folder} is closed")
+    if case.code in _FULL:
+        return OutOfSpaceError(
+            f"{case.what}: no space in {case.folder} for what comes from {case.backing} ({case.reason}); "
+            "free some and try again"
+        )
+    return StoreError(
+        f"{case.what}: what is at offset {case.where} could not be fetched from {case.backing}: {case.fetched}; "
+        "try again when it can be reached"
+    )
+
+
 _OF_MAP = {
     READ_FAILED: lambda case: ReadError(case.map, case.where * SLOT_BYTES, SLOT_BYTES, case.code, case.reason),
     DAMAGED: _map_damaged,
@@ -127,6 +146,7 @@ _OF_READING = {
     ),
     BACKING_READ_FAILED: lambda case: ReadError(case.backing, case.where, BLOCK_BYTES, case.code, case.reason),
     BACKING_CHANGED: _changed,
+    FETCH_FAILED: _fetch_failed,
     OUT_OF_RANGE: lambda case: UsageError(
         f"{case.what}: the range from offset {case.where} on is not all inside of it"
     ),

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from types import TracebackType
 
@@ -25,18 +25,19 @@ from snapcore.errors import (
 from snapcore.extents import Extents
 from snapcore.persist import Medium
 from snapcore.pool import changes, events, files, recovery, transfer
-from snapcore.pool.catalog import Catalog, Version
+from snapcore.pool.catalog import Backing, Catalog, Region, Version
 from snapcore.pool.checkpoint import first_map
 from snapcore.pool.compact import Compacted, compact
 from snapcore.pool.disk import Disk, Readable, Snapshot, SnapshotRef
 from snapcore.pool.engine import Engine
+from snapcore.pool.lazy import Regions, wait_for
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
 from snapcore.progress import ProgressCallback
 from snapcore.source import interface as images
 
 VersionRef = Snapshot | Disk | str | int
-Source = Snapshot | Disk | str | os.PathLike[str]
+Source = Snapshot | Disk | Region | str | os.PathLike[str]
 
 MAX_GROUP = 128
 _LOG_BYTES = 8 << 20
@@ -68,6 +69,7 @@ class Pool:
         log_bytes: int = _LOG_BYTES,
         medium: Medium | None = None,
         background: bool = True,
+        regions: Regions | None = None,
     ) -> Pool:
         """Make a pool in a folder that is empty or not there, and open it.
 
@@ -78,7 +80,7 @@ class Pool:
             How much disks and snapshots may take on this host together; 0 is no limit but the host's.
         log_bytes : int
             Size of the log, 64 KiB at least: a checkpoint comes each time that half of it is used.
-        medium, background
+        medium, background, regions
             As for `open`.
 
         Raises
@@ -106,7 +108,7 @@ class Pool:
             clean=True,
         )
         files.make(os.fspath(path), medium or Medium(), superblock, map_bytes)
-        return cls.open(path, medium=medium, background=background)
+        return cls.open(path, medium=medium, background=background, regions=regions)
 
     @classmethod
     def open(
@@ -117,6 +119,7 @@ class Pool:
         cache_bytes: int = _CACHE_BYTES,
         medium: Medium | None = None,
         background: bool = True,
+        regions: Regions | None = None,
     ) -> Pool:
         """Open a pool, recovering what was flushed before a crash.
 
@@ -131,6 +134,8 @@ class Pool:
             Does all persistent operations; tests record them.
         background : bool
             Checkpoints come in time from a thread of the pool's own. Without it they come when the log is full.
+        regions : callable, optional
+            Gets a `Region` and returns a `Source`: the snapshot there, which lazy disks are filled from.
 
         Raises
         ------
@@ -140,7 +145,7 @@ class Pool:
             raise UnsupportedFormatError("pools need a little-endian machine")
         opened_files = files.open_files(os.fspath(path), medium or Medium(), read_only=read_only)
         try:
-            opened = recovery.open_state(opened_files, cache_bytes)
+            opened = recovery.open_state(opened_files, cache_bytes, regions=regions)
             try:
                 return cls(Engine(opened_files, opened, read_only=read_only, background=background))
             except BaseException:
@@ -281,10 +286,11 @@ class Pool:
             Unique; a letter first.
         size_bytes : int, optional
             By default that of the source.
-        source : Snapshot, Disk, str or path, optional
+        source : Snapshot, Disk, Region, str or path, optional
             Nothing: an empty disk. A snapshot or a disk (the object, id or name): what it holds now. A path object or a
             str with the path of a raw image: the disk reads from the image what it has not got itself, so the image
-            must stay where and as it is; `import_image` copies instead.
+            must stay where and as it is; `import_image` copies instead. A `Region`: what a snapshot in a
+            repository holds; it can be used at once, and what is read first is fetched first.
 
         Raises
         ------
@@ -297,6 +303,8 @@ class Pool:
         found = self._source(source)
         if isinstance(found, Disk):
             return self._clone(found, name, size_bytes)
+        if isinstance(found, Region):
+            return self._make_lazy(name, size_bytes, found)
 
         def prepare(catalog: Catalog) -> changes.Prepared[int]:
             changes.check_new_name(catalog, self.path, name)
@@ -309,9 +317,43 @@ class Pool:
         number = self._engine.change(f"making disk {name!r}", prepare)
         return Disk(self, self._engine, number)
 
-    def _source(self, source: Source | None) -> Snapshot | Disk | str | None:
-        """A snapshot, a disk, or the path of an image."""
-        if source is None or isinstance(source, (Snapshot, Disk)):
+    def _make_lazy(self, name: str, size_bytes: int | None, region: Region) -> Disk:
+        what = f"making disk {name!r}"
+        with self._reading() as catalog:
+            changes.check_new_name(catalog, self.path, name)
+        image = self._lazy_image(region, what)
+
+        def prepare(catalog: Catalog) -> changes.Prepared[int]:
+            changes.check_new_name(catalog, self.path, name)
+            return changes.make_lazy_disk(catalog, name, size_bytes, image(catalog, 2), region.snapshot)
+
+        number = self._engine.change(what, prepare)
+        return Disk(self, self._engine, number)
+
+    def _lazy_image(self, region: Region, what: str) -> Callable[[Catalog, int], Backing]:
+        """What finds or makes the image of a snapshot in a region, behind so many new numbers."""
+        backings = self._engine.versions.backings
+        if backings.regions is None:
+            raise UsageError(f"{what}: the pool {self.path} was opened without regions")
+        source = backings.regions(region)
+        if not 0 < source.size_bytes <= changes.MAX_SIZE_BYTES:
+            raise UsageError(f"{what}: a snapshot of {source.size_bytes} bytes cannot be under a disk")
+        self._engine.allow_lazy()
+
+        def image(catalog: Catalog, used: int) -> Backing:
+            record = changes.lazy_image(catalog, region, source.size_bytes, used)
+            if record.id not in catalog.backings:
+                try:
+                    backings.make(record, source)
+                except OSError as error:
+                    raise from_os_error(error, what) from error
+            return record
+
+        return image
+
+    def _source(self, source: Source | None) -> Snapshot | Disk | Region | str | None:
+        """A snapshot, a disk, a region, or the path of an image."""
+        if source is None or isinstance(source, (Snapshot, Disk, Region)):
             return source
         if not isinstance(source, str):
             return os.fspath(source)
@@ -416,16 +458,21 @@ class Pool:
 
     # Changing
 
-    def rollback_disk(self, disk: Disk, snapshot: SnapshotRef) -> None:
-        """What `Disk.rollback` does."""
-        self._writable(f"rolling back disk {disk.name!r}")
+    def rollback_disk(self, disk: Disk, snapshot: SnapshotRef | Region) -> None:
+        """What `Disk.rollback` does; or to a snapshot that is only in a region, as a lazy disk."""
+        what = f"rolling back disk {disk.name!r}"
+        self._writable(what)
+        image = self._lazy_image(snapshot, what) if isinstance(snapshot, Region) else None
 
         def prepare(catalog: Catalog) -> changes.Prepared[None]:
             number = self._number(catalog, disk)
-            self._check_free(number, f"rolling back disk {disk.name!r}")
+            self._check_free(number, what)
+            if image is not None:
+                return changes.roll_back_to(catalog, number, image(catalog, 1))
+            assert not isinstance(snapshot, Region)
             return changes.roll_back(catalog, number, self._find(catalog, snapshot, number))
 
-        self._engine.change(f"rolling back disk {disk.name!r}", prepare)
+        self._engine.change(what, prepare)
         self._engine.sweep()
 
     def reset_disk(self, disk: Disk) -> None:
@@ -459,6 +506,46 @@ class Pool:
             return events.Rename(self._number(catalog, disk), name), [], None
 
         self._engine.change(f"renaming disk {disk.name!r}", prepare)
+
+    def hydrate_disk(
+        self, disk: Disk, rate: float | None = None, *, wait: bool = False, progress: ProgressCallback | None = None
+    ) -> None:
+        """What `Disk.hydrate` does."""
+        what = f"hydrating disk {disk.name!r}"
+        self._writable(what)
+        image = disk._lazy()
+        if image is None or image.is_whole:
+            return
+        if self._engine.versions.backings.regions is None:
+            raise UsageError(f"{what}: the pool {self.path} was opened without regions")
+        if rate is not None and not rate > 0:
+            raise UsageError(f"{what}: a rate is more than 0 bytes a second, not {rate}")
+        image.hydrate(rate)
+        if wait:
+            wait_for(image, what, progress)
+
+    def decouple_disk(self, disk: Disk, progress: ProgressCallback | None = None) -> None:
+        """What `Disk.decouple` does."""
+        what = f"decoupling disk {disk.name!r}"
+        self.hydrate_disk(disk, wait=True, progress=progress)
+        self._writable(what)
+        image = disk._lazy()
+        if image is None:
+            return
+        try:
+            image.save()
+        except OSError as error:
+            raise from_os_error(error, what) from error
+        number = image.record.id
+
+        def prepare(catalog: Catalog) -> changes.Prepared[None]:
+            if number not in catalog.backings:
+                raise NotFoundError(f"{what}: it was deleted meanwhile")
+            return events.Decouple(number), [], None
+
+        self._engine.change(what, prepare)
+        # From here on the log tells nothing of a region, and what says that something is here is not looked at.
+        self._engine.checkpoint()
 
     # Deleting
 
@@ -607,8 +694,9 @@ class Pool:
         except OSError:
             return None
         with self._reading() as catalog:
-            images = {record.id: record.path for record in catalog.backings.values()}
-            over = [(catalog.disks.get(record.disk), record) for record in catalog.versions.values() if record.backing]
+            images = {record.id: os.path.join(self.path, record.path) for record in catalog.backings.values()}
+            versions = [record for record in catalog.versions.values() if record.backing]
+            over = [(catalog.disks.get(record.disk), record) for record in versions]
         for disk, record in over:
             if _is_same_file(found, images[record.backing]):
                 if disk is not None:

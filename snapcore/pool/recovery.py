@@ -19,10 +19,12 @@ from snapcore.pages import KIND_BITMAP, SLOT_BYTES, Failure
 from snapcore.persist import Medium
 from snapcore.pool import catalog as catalogs
 from snapcore.pool import events, journal, superblock
-from snapcore.pool.catalog import MAX_ID, Catalog
+from snapcore.pool.backings import Backings
+from snapcore.pool.catalog import MAX_ID, Backing, Catalog
 from snapcore.pool.checkpoint import Checkpointer, get_catalog
 from snapcore.pool.failures import typed
 from snapcore.pool.files import Files
+from snapcore.pool.lazy import Regions
 from snapcore.pool.superblock import Superblock
 from snapcore.pool.versions import Versions
 
@@ -49,18 +51,20 @@ class Opened:
     damaged_copies: list[int]
 
 
-def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False) -> Opened:
-    """Bring a pool into memory; nothing is written.
+def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False, regions: Regions | None = None) -> Opened:
+    """Bring a pool into memory; nothing is written, but for empty files of images that fill up and were lost.
 
     Parameters
     ----------
+    regions : callable, optional
+        Opens what a region has.
     give_up_log : bool
         Leave out the log from where it is damaged on, for a repair.
     """
     block, damaged = superblock.read(files.path("superblock"))
     try:
         log = _read_log(files, block, give_up=give_up_log)
-        versions, refs = _load(files, block, log, cache_bytes)
+        versions, refs = _load(files, block, log, cache_bytes, regions)
         try:
             _replay(versions, log, files.path("log"))
         except BaseException:
@@ -71,7 +75,9 @@ def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False) -> 
     return Opened(versions, Checkpointer(files, block, refs), len(log.commits), damaged)
 
 
-def _load(files: Files, block: Superblock, log: journal.Journal, cache_bytes: int) -> tuple[Versions, list[int]]:
+def _load(
+    files: Files, block: Superblock, log: journal.Journal, cache_bytes: int, regions: Regions | None
+) -> tuple[Versions, list[int]]:
     """The state of the checkpoint."""
     catalog, refs, slots = _load_catalog(files, block, cache_bytes)
     # What the file has behind the last used slot is there to be used: a full host may give no more.
@@ -82,7 +88,7 @@ def _load(files: Files, block: Superblock, log: journal.Journal, cache_bytes: in
         used[slot >> 6] |= np.uint64(1 << (slot & 63))
     pages = Trees(files.map, block.seed, _next_generation(block), count, used, cache_bytes)
     core = _core(files, pages, block, log, _space(files, pages, block), block.space_root)
-    return Versions(catalog, core, writable=not files.read_only), refs
+    return Versions(catalog, core, Backings(files, regions), writable=not files.read_only), refs
 
 
 def _load_catalog(files: Files, block: Superblock, cache_bytes: int) -> tuple[Catalog, list[int], bytes]:
@@ -219,14 +225,14 @@ def _check_event(event: events.Event, catalog: Catalog) -> None:
     kinds: list[tuple[int, str]] = []
     match event:
         case events.MakeDisk():
-            new = [event.disk, event.version, *([event.backing.id] if event.backing else [])]
+            new = [event.disk, event.version, *_new_image(event.backing, catalog)]
             kinds = [(event.parent, "snapshot")] if event.parent else []
         case events.Cut():
             new = [version for _, version, _ in event.cuts] + ([event.group] if event.group else [])
         case events.Clone():
             new = [event.ghost, event.disk, event.version]
         case events.Rehead():
-            new = [event.version]
+            new = [event.version, *_new_image(event.image, catalog)]
             kinds = [(event.parent, "snapshot")] if event.parent else []
         case events.Delete():
             kinds = [(version, "snapshot") for version in event.versions]
@@ -236,6 +242,13 @@ def _check_event(event: events.Event, catalog: Catalog) -> None:
         raise ValueError("a number is taken, or is none")
     if any(catalog.versions[version].kind != kind for version, kind in kinds):
         raise ValueError("a version is of another kind")
+
+
+def _new_image(image: Backing | None, catalog: Catalog) -> list[int]:
+    """Its number, unless it is one that others use already."""
+    if image is None or (image.region is not None and catalog.backings.get(image.id) == image):
+        return []
+    return [image.id]
 
 
 def rebuild_state(files: Files, cache_bytes: int) -> Opened:
@@ -261,7 +274,7 @@ def rebuild_state(files: Files, cache_bytes: int) -> Opened:
             pages.free_pages(_numbers(pages.used_slots() & ~now))
         core = _core(files, pages, block, log, blocks, 0)
         space.rewrite(core)
-        versions = Versions(catalog, core)
+        versions = Versions(catalog, core, Backings(files, None))
     except Failure as failure:
         raise typed(failure, files.folder, f"repairing the pool {files.folder}") from None
     with contextlib.suppress(DamagedError, Failure):

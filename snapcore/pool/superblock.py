@@ -17,6 +17,8 @@ _VERSION = 1
 _BLOCK_BYTES = 4096
 _PAGE_ENTRIES = 128
 _CLEAN = 1
+# Feature bits without which a pool cannot be read: there are images that fill up from a region.
+LAZY = 1
 _FIELDS = struct.Struct("<8sIIII16s11QIIQ")
 
 
@@ -37,6 +39,7 @@ class Superblock:
     space_root: int
     limit_bytes: int
     clean: bool
+    must_read: int = 0
 
     @property
     def seed(self) -> int:
@@ -59,7 +62,7 @@ class Superblock:
             self.limit_bytes,
         )
         flags = _CLEAN if self.clean else 0
-        fields = (_MAGIC, _VERSION, 0, 0, 0, self.uuid, *numbers, _BLOCK_BYTES, _PAGE_ENTRIES, flags)
+        fields = (_MAGIC, _VERSION, self.must_read, 0, 0, self.uuid, *numbers, _BLOCK_BYTES, _PAGE_ENTRIES, flags)
         body = _FIELDS.pack(*fields).ljust(COPY_BYTES - 8, b"\0")
         return body + checksum(body, 0).to_bytes(8, "little")
 
@@ -83,12 +86,12 @@ def decode(data: bytes, where: str) -> Superblock | None:
     fields = _FIELDS.unpack_from(data)
     _, version, must_read, must_write, _, uuid = fields[:6]
     block_bytes, entries, flags = fields[17:]
-    if version != _VERSION or must_read or must_write:
+    if version != _VERSION or must_read & ~LAZY or must_write:
         raise UnsupportedFormatError(
             f"{where}: format {version} with features {must_read:#x} and {must_write:#x}; "
-            f"this snapcore knows format {_VERSION} without any; use a newer one"
+            f"this snapcore knows format {_VERSION} with features {LAZY:#x} and none; use a newer one"
         )
-    copy = Superblock(*(uuid, *fields[6:17], bool(flags & _CLEAN)))
+    copy = Superblock(*(uuid, *fields[6:17], bool(flags & _CLEAN), must_read))
     if (
         (block_bytes, entries, flags & ~_CLEAN) != (_BLOCK_BYTES, _PAGE_ENTRIES, 0)
         or not 16 <= copy.log_sectors <= 1 << 32

@@ -53,6 +53,8 @@ class PoolUsage:
     map_bytes : int
         Of the pages that are in use.
     log_bytes, log_used_bytes : int
+    lazy_bytes : int
+        Of images that fill up from a region, on the host; the limit does not count them.
     """
 
     versions: list[VersionUsage]
@@ -64,6 +66,7 @@ class PoolUsage:
     map_bytes: int
     log_bytes: int
     log_used_bytes: int
+    lazy_bytes: int
 
 
 def measure(engine: Engine) -> PoolUsage:
@@ -106,4 +109,5 @@ def measure(engine: Engine) -> PoolUsage:
         map_bytes=(pages.slots - pages.free_slots) * SLOT_BYTES,
         log_bytes=sectors * 512,
         log_used_bytes=(sectors - core.log_free_sectors) * 512,
+        lazy_bytes=engine.versions.backings.lazy_bytes(),
     )

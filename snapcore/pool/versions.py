@@ -6,7 +6,6 @@ is in the log: what can fail is done before.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +15,9 @@ import numpy.typing as npt
 from snapcore import space
 from snapcore.core import Core
 from snapcore.pool import events
+from snapcore.pool.backings import Backings, Opened
 from snapcore.pool.catalog import Catalog, DiskRecord, Group, Version
 from snapcore.volume import Volume
-
-NO_BACKING = -1
-LOST_BACKING = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +37,23 @@ class Versions:
     ----------
     catalog : Catalog
     core : Core
+    backings : Backings
     volumes : dict of version to Volume
         Of all heads.
     """
 
-    def __init__(self, catalog: Catalog, core: Core, *, writable: bool = True) -> None:
+    def __init__(self, catalog: Catalog, core: Core, backings: Backings, *, writable: bool = True) -> None:
         self.catalog = catalog
         self.core = core
+        self.backings = backings
         self.volumes: dict[int, Volume] = {}
         self._writable = writable
-        self._backings: dict[int, int] = {}
         for record in catalog.of_kind("head"):
             self._open_head(record)
 
     def close(self) -> None:
         """Close images that disks read from."""
-        for descriptor in self._backings.values():
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._backings.clear()
+        self.backings.close()
 
     def root(self, version: int) -> int:
         """Of the tree of a version, as it is now."""
@@ -76,45 +71,30 @@ class Versions:
     def open_volume(self, version: int) -> Volume:
         """A volume that reads a snapshot."""
         record = self.catalog.versions[version]
-        descriptor, size_bytes, mtime_ns = self._backing(record.backing)
-        return Volume(
-            self.core,
-            root=self.root(version),
-            parent=0,
-            size_bytes=record.size_bytes,
-            version=version,
-            writable=False,
-            backing=descriptor,
-            backing_bytes=size_bytes,
-            backing_mtime_ns=mtime_ns,
-        )
+        return self._volume(record, root=self.root(version), parent=0, writable=False)
 
-    def _backing(self, number: int) -> tuple[int, int, int]:
-        """Descriptor, size and time of an image; opened when it is needed first."""
-        if not number:
-            return NO_BACKING, 0, 0
-        record = self.catalog.backings[number]
-        if self._backings.get(number, LOST_BACKING) == LOST_BACKING:
-            try:
-                self._backings[number] = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except (OSError, ValueError):
-                # ValueError: no file has such a name.
-                self._backings[number] = LOST_BACKING
-        return self._backings[number], record.size_bytes, record.mtime_ns
+    def _backing(self, number: int) -> Opened:
+        return self.backings.open(self.catalog.backings[number]) if number else Opened()
 
     def _open_head(self, record: Version) -> None:
-        descriptor, size_bytes, mtime_ns = self._backing(record.backing)
-        self.volumes[record.id] = Volume(
+        parent = self.root(record.parent) if record.parent else 0
+        self.volumes[record.id] = self._volume(record, root=record.root, parent=parent, writable=self._writable)
+
+    def _volume(self, record: Version, *, root: int, parent: int, writable: bool) -> Volume:
+        image = self._backing(record.backing)
+        return Volume(
             self.core,
-            root=record.root,
-            parent=self.root(record.parent) if record.parent else 0,
+            root=root,
+            parent=parent,
             size_bytes=record.size_bytes,
             version=record.id,
-            writable=self._writable,
-            watched=self._is_ghost(record.parent),
-            backing=descriptor,
-            backing_bytes=size_bytes,
-            backing_mtime_ns=mtime_ns,
+            writable=writable,
+            watched=record.kind == "head" and self._is_ghost(record.parent),
+            backing=image.descriptor,
+            backing_bytes=image.size_bytes,
+            backing_mtime_ns=image.mtime_ns,
+            presence=image.presence,
+            fetch=image.fetch,
         )
 
     def _is_ghost(self, version: int) -> bool:
@@ -159,6 +139,8 @@ class Versions:
                     self._become_ghost(version)
             case events.DeleteDisk():
                 self._delete_disk(event)
+            case events.Decouple():
+                self.catalog.backings[event.backing].region = None
             case events.Sweep():
                 self.sweep(self.plan_sweep(event.version))
 
@@ -244,6 +226,9 @@ class Versions:
         disk = catalog.disks[event.disk]
         root = self.root(event.parent) if event.parent else 0
         old = catalog.versions[disk.head]
+        if event.image is not None:
+            catalog.backings[event.image.id] = event.image
+            catalog.use_ids(event.image.id)
         volume = self.volumes.pop(old.id)
         old.root, old.kind, old.stirred, old.disk_name = volume.root, "ghost", True, disk.name
         catalog.add(
@@ -369,14 +354,11 @@ class Versions:
         self._forget_images()
 
     def _forget_images(self) -> None:
-        """Close images that no version refers to."""
+        """Let go of images that no version refers to."""
         held = {record.backing for record in self.catalog.versions.values()}
         held |= {disk.origin for disk in self.catalog.disks.values() if disk.origin_kind == "image"}
         for number in [number for number in self.catalog.backings if number not in held]:
-            del self.catalog.backings[number]
-            descriptor = self._backings.pop(number, LOST_BACKING)
-            if descriptor >= 0:
-                os.close(descriptor)
+            self.backings.forget(self.catalog.backings.pop(number))
 
     def stirred(self) -> list[int]:
         """Ghosts that may hold what nobody needs."""

@@ -146,9 +146,10 @@ def _round(
         try:
             return _Round(context, seen, snapshots, done, hands).run(progress)
         except (DamagedError, NotFoundError) as error:
-            # What somebody else has moved or replaced since it was listed is no damage.
-            moved = isinstance(error, ReplacedError) or generations.latest_number(context.store, context.domain)
-            if not left or moved == seen.number:
+            # What somebody else has moved, merged or removed since it was listed is no damage.
+            replaced = isinstance(error, (NotFoundError, ReplacedError))
+            later = generations.latest_number(context.store, context.domain) != seen.number
+            if not left or not (replaced or later):
                 raise
             seen = generations.latest(context.store, context.domain)
             if session.wait_for_older(context.store, context.domain, seen.number, 0.0, float("inf")):
@@ -203,7 +204,7 @@ class _Round:
             domain=self._domain,
             there=self._list_packs,
         )
-        self._old_index = [name for name, _ in index.listed(self._store, self._domain) if name in whole.names]
+        self._old_index = sorted(whole.names)
         # Entries of packs that are gone: what a writer that was fenced wrote late.
         self._stale = bool(whole.away)
         self._adopted = self._adopt(whole)
@@ -270,7 +271,7 @@ class _Round:
         condemned = frozenset(sorted(dead)[: generations.CONDEMNED_LIMIT]) | frozenset(moved_from)
         anew = bool(doomed) or self._stale or self._adopted or len(self._old_index) > _INDEX_OBJECTS
         if condemned == seen.condemned and not anew and not self._known:
-            generations.clear(self._store, self._domain, seen.number)
+            self._done.freed_bytes += generations.clear(self._store, self._domain, seen.number)
             return False
         meter = Meter(progress, "collect", sum(live[pack_id] for pack_id in moved_from))
         moved = self._move(moved_from, meter)
@@ -284,8 +285,10 @@ class _Round:
             frozenset(name.removeprefix(prefix) for name in names),
             frozenset(self._known),
         )
-        if not generations.publish(self._store, self._domain, following):  # steps publish, confirm
+        size_bytes = generations.publish(self._store, self._domain, following)  # steps publish, confirm
+        if size_bytes is None:
             return True
+        self._done.freed_bytes -= size_bytes
         self._done.rewritten_packs += len(moved_from)
         self._remove(self._old_index if anew else [], following)
         return True
@@ -303,8 +306,9 @@ class _Round:
                 self._done.freed_bytes += self._sizes[pack_id]
                 self._done.removed_packs += 1
         self._forget_damage(following.doomed)
-        manifest.forget_deleted(self._store, sorted(self._seen.ignored), self._domain)
-        generations.clear(self._store, self._domain, following.number)
+        freed_bytes = manifest.forget_deleted(self._store, sorted(self._seen.ignored), self._domain)
+        freed_bytes += generations.clear(self._store, self._domain, following.number)
+        self._done.freed_bytes += freed_bytes
 
     def _parts(self, marked: npt.NDArray[np.bool]) -> Iterator[tuple[Table, npt.NDArray[np.bool]]]:
         """Every table with the marks of its entries."""

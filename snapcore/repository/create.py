@@ -506,10 +506,21 @@ class _Job:
             self.commit_tried = True
             manifest.write(self._context.store, object_name, snapshot, self._context.domain)
         except (ExistsError, FencedError) as error:
+            if isinstance(error, ExistsError) and self._is_committed(snapshot):
+                # A request that somebody on the way repeated was refused the second time.
+                return
             raise FencedError(
                 f"the session of snapshot {snapshot.id} was ended by somebody else before it was done; nothing is "
                 "visible, take the snapshot again: what it stored is used"
             ) from error
+
+    def _is_committed(self, snapshot: Manifest) -> bool:
+        """Whether the name of the manifest holds it, and no tombstone."""
+        context = self._context
+        return (
+            manifest.read(context.store, self._place.object_name, context.domains, context.config.chunk_bytes)
+            == snapshot
+        )
 
     def abandon(self) -> None:
         """After an error: keep what was stored findable, let go of everything."""

@@ -85,11 +85,14 @@ def latest(store: Store, domain: Domain) -> Generation:
 
 def latest_number(store: Store, domain: Domain) -> int:
     """Its number."""
-    return max(_numbers(store, domain), default=0)
+    return max((number for number, _ in _numbers(store, domain)), default=0)
 
 
-def publish(store: Store, domain: Domain, generation: Generation) -> bool:
-    """Make the successor of what was seen (steps "publish" and "confirm"). Whether it is the latest one now."""
+def publish(store: Store, domain: Domain, generation: Generation) -> int | None:
+    """Make the successor of what was seen (steps "publish" and "confirm").
+
+    Returns its size in bytes; None when another one is the latest now.
+    """
     if generation.number > _NUMBER_LIMIT:
         raise RefusedError(f"{store.url} has had {_NUMBER_LIMIT} collections; copy what it holds to a new repository")
     body = _Body(
@@ -101,24 +104,28 @@ def publish(store: Store, domain: Domain, generation: Generation) -> bool:
     )
     data = envelope.sealed(Kind.GENERATION, _id(generation.number), msgspec.json.encode(body), domain)
     try:
-        store.put_new(_name(domain, generation.number), [data])
+        size_bytes = store.put_new(_name(domain, generation.number), [data])
     except ExistsError:
-        return False
-    return latest_number(store, domain) == generation.number
+        return None
+    return size_bytes if latest_number(store, domain) == generation.number else None
 
 
-def clear(store: Store, domain: Domain, number: int) -> None:
-    """Remove the generations before this one, which is published."""
-    for old in _numbers(store, domain):
+def clear(store: Store, domain: Domain, number: int) -> int:
+    """Remove the generations before this one, which is published. Returns the bytes freed."""
+    freed_bytes = 0
+    for old, size_bytes in _numbers(store, domain):
         if old < number:
             with contextlib.suppress(NotFoundError):
                 store.delete(_name(domain, old))
+                freed_bytes += size_bytes
+    return freed_bytes
 
 
-def _numbers(store: Store, domain: Domain) -> list[int]:
+def _numbers(store: Store, domain: Domain) -> list[tuple[int, int]]:
+    """(number, size in bytes) of all that there are."""
     prefix = PREFIX + domain.folder
-    found = (name.removeprefix(prefix) for name, _ in store.list(prefix))
-    return [int(name, 16) for name in found if _NUMBER.fullmatch(name)]
+    found = ((name.removeprefix(prefix), size_bytes) for name, size_bytes in store.list(prefix))
+    return [(int(name, 16), size_bytes) for name, size_bytes in found if _NUMBER.fullmatch(name)]
 
 
 def _name(domain: Domain, number: int) -> str:

@@ -494,7 +494,10 @@ class Index:
 
     def tables(self) -> list[Table]:
         """All tables, in the order of their slots. Larger than memory allows for very large repositories."""
-        return [part.all_entries() for part in self._parts]
+        try:
+            return [part.all_entries() for part in self._parts]
+        except NotFoundError as error:
+            raise ReplacedError(f"{error}; another one has taken its place meanwhile, try again") from error
 
 
 def listed(store: Store, domain: Domain = PLAIN) -> list[tuple[str, int]]:

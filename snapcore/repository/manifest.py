@@ -265,11 +265,16 @@ def read_deleted(store: Store, tail: str, domain: Domain, chunk_bytes: int) -> M
     return parse(data, f"{store.url}/{name}", PREFIX + tail, {domain.id: domain}, chunk_bytes)
 
 
-def forget_deleted(store: Store, tails: Iterable[str], domain: Domain) -> None:
-    """Remove deleted manifests."""
+def forget_deleted(store: Store, tails: Iterable[str], domain: Domain) -> int:
+    """Remove deleted manifests. Returns the bytes freed."""
+    freed_bytes = 0
     for tail in tails:
+        name = f"{DELETED}{domain.folder}{tail}"
         with contextlib.suppress(NotFoundError):
-            store.delete(f"{DELETED}{domain.folder}{tail}")
+            size_bytes = store.size(name)
+            store.delete(name)
+            freed_bytes += size_bytes
+    return freed_bytes
 
 
 def _is_whole(copied: CopiedFrom) -> bool:

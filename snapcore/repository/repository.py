@@ -51,6 +51,7 @@ from snapcore.repository.copy_rules import Destination
 from snapcore.repository.create import CHECKED_SHARE, Created, Request
 from snapcore.repository.domain import PLAIN, Domain
 from snapcore.repository.groups import Group
+from snapcore.repository.index import ReplacedError
 from snapcore.repository.keyring import Key, Keyring
 from snapcore.repository.lineage import KeyChoice
 from snapcore.repository.manifest import Manifest
@@ -64,6 +65,7 @@ from snapcore.source import Source, Target, open_source, open_target
 from snapcore.store import Store, open_store, with_cache
 
 SnapshotLike = Manifest | str
+_LOADS = 3
 _ID_PART = re.compile(r"[0-9a-f]{4,32}")
 
 
@@ -637,7 +639,7 @@ class Repository:
         for key in {snapshot.key for snapshot in chosen}:
             mine = [snapshot for snapshot in chosen if snapshot.key == key]
             rest = [snapshot for snapshot in others if snapshot.key == key]
-            parts.append(marks.unique(self._of_snapshot(mine[0]).objects(), mine, rest))
+            parts.append(_unique(self._of_snapshot(mine[0]), mine, rest))
         return Usage(sum(part.plain_bytes for part in parts), sum(part.stored_bytes for part in parts))
 
     def stored_bytes(self) -> int:
@@ -772,6 +774,14 @@ class Repository:
             raise NotFoundError(f"{self.url} has {len(found)} sessions {session_id!r}")
         session.end_by_id(self._context.store, found[0])
         return found[0]
+
+
+def _unique(context: Context, mine: list[Manifest], rest: list[Manifest]) -> Usage:
+    """What only `mine` hold, by the index of now when a part of it is replaced meanwhile."""
+    for _ in range(_LOADS - 1):
+        with contextlib.suppress(ReplacedError):
+            return marks.unique(context.objects(), mine, rest)
+    return marks.unique(context.objects(), mine, rest)
 
 
 def _changed(changed: Extents | Iterable[tuple[int, int]]) -> Extents:

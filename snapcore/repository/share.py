@@ -29,6 +29,7 @@ class Whole:
     """All packs."""
 
     def holds(self, pack_id: bytes) -> bool:
+        """Any is."""
         del pack_id
         return True
 
@@ -45,6 +46,7 @@ class Part:
             raise UsageError(f"a part is one of 1/{max(self.of, 1)} to {max(self.of, 1)}/{max(self.of, 1)}")
 
     def holds(self, pack_id: bytes) -> bool:
+        """Whether its id gives the part's number."""
         return int.from_bytes(pack_id[:8], "little") % self.of == self.number - 1
 
 
@@ -60,5 +62,6 @@ class Sample:
             raise UsageError(f"a sample is a fraction above 0 and up to 1, not {self.fraction}")
 
     def holds(self, pack_id: bytes) -> bool:
+        """Whether it was drawn."""
         drawn = int.from_bytes(blake3.blake3(self.salt + pack_id).digest(8), "little")
         return drawn < self.fraction * 2.0**64

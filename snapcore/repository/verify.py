@@ -30,7 +30,7 @@ from snapcore.errors import (
 from snapcore.extents import Extents
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import damage, intact, manifest, pack, record, scrub, tree
+from snapcore.repository import damage, index, intact, manifest, pack, record, scrub, tree
 from snapcore.repository.context import Context
 from snapcore.repository.damage import Bad
 from snapcore.repository.domain import ZERO_ID, Domain
@@ -163,7 +163,7 @@ def verify(
     store = contexts[0].store
     with executor_or_own(executor) as hands:
         for _ in range(_ATTEMPTS):
-            before = _names(store)
+            before, packs = _names(store), _packs(store)
             # What is marked in packs that are not read now stays marked.
             kept = [bad for bad in damage.load(store) if not share.holds(bytes.fromhex(bad.pack))]
             try:
@@ -172,8 +172,8 @@ def verify(
                 if before <= _names(store):
                     raise
                 continue
-            # What a collection has moved or removed meanwhile is neither bad nor lost.
-            if found.ok or before <= _names(store):
+            # What a collection has moved or removed meanwhile is neither bad nor lost. Index objects come and go.
+            if found.ok or packs <= _packs(store):
                 marked = _mark(store, bad + kept, found.problems)
                 return replace(found, marked=marked, duration_s=time.monotonic() - started)
     raise BusyError(
@@ -194,8 +194,13 @@ class _Way:
 
 
 def _names(store: Store) -> set[str]:
-    """Every index object and pack. Creates only add to them."""
-    return {name for prefix in ("index/", "packs/") for name, _ in store.list(prefix)}
+    """Every index object and pack."""
+    return {name for name, _ in store.list(index.PREFIX)} | _packs(store)
+
+
+def _packs(store: Store) -> set[str]:
+    """Every pack; only collections remove some."""
+    return {name for name, _ in store.list(pack.PREFIX)}
 
 
 def _attempt_all(contexts: Sequence[Context], way: _Way) -> tuple[Verified, list[Bad]]:

@@ -20,7 +20,12 @@ class LimitStore:
         if calls < 1:
             raise UsageError(f"a store needs room for at least one call at a time, not {calls}")
         self._store = store
+        self._calls = calls
         self._room = threading.BoundedSemaphore(calls)
+
+    def __reduce__(self) -> tuple[type[LimitStore], tuple[Store, int]]:
+        """For another process, with calls of its own."""
+        return LimitStore, (self._store, self._calls)
 
     @property
     def url(self) -> str:

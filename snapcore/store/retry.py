@@ -34,12 +34,17 @@ class RetryStore:
         import tenacity
 
         self._store = store
+        self._limits = budget_s, first_wait_s
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_fault),
             stop=tenacity.stop_before_delay(budget_s),
             wait=tenacity.wait_random_exponential(multiplier=first_wait_s, max=10.0),
             reraise=True,
         )
+
+    def __reduce__(self) -> tuple[type[RetryStore], tuple[Store, float, float]]:
+        """For another process, which tries again by itself."""
+        return RetryStore, (self._store, *self._limits)
 
     @property
     def url(self) -> str:

@@ -80,6 +80,10 @@ class S3Store:
         self._creates_only = False
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[S3Store], tuple[str, str]]:
+        """For another process: the same place, with the endpoint and credentials of that process's environment."""
+        return S3Store, (self._bucket, self._prefix.removesuffix("/"))
+
     @property
     def url(self) -> str:
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")

@@ -294,3 +294,23 @@ def test_names_from_others_do_no_harm_to_a_terminal(run: Run, web: dict[str, Any
         code, out, _ = run(*words)
         assert code == 0 and "\u202e" not in out and "\\u202e" in out
     assert json.loads(run("disk", "show", "we\u202eb", "--json")[1])["name"] == "we\u202eb"
+
+
+def test_a_disk_is_made_from_a_repository_filled_and_decoupled(
+    run: Run, pool: str, image: Path, tmp_path: Path
+) -> None:
+    asked(run, "repo", "init", str(tmp_path / "repo"))
+    taken = asked(run, "snapshot", "create", str(image), "--disk", "d", "-r", str(tmp_path / "repo"))
+    source = f"{tmp_path / 'repo'}:{taken['id'][:8]}"
+    made = asked(run, "disk", "create", "lazy", "--from", source)
+    assert (made["size_bytes"], made["from"]["region"].rpartition(":")[2]) == (SIZE, taken["id"])
+    before = asked(run, "disk", "hydrate", "lazy")
+    assert before == {"disk": "lazy", "lazy": True, "here_bytes": 0, "total_bytes": SIZE, "percent": 0.0}
+    after = asked(run, "disk", "hydrate", "lazy", "--wait")
+    assert after["here_bytes"] == SIZE
+    assert content("lazy") == image.read_bytes()
+    assert asked(run, "disk", "decouple", "lazy") == {"disk": "lazy", "lazy": False}
+    shutil.rmtree(tmp_path / "repo")
+    assert content("lazy") == image.read_bytes()
+    assert "needs no repository" in run("disk", "hydrate", "lazy")[1]
+    assert run("disk", "create", "other", "--from", f"{tmp_path / 'repo'}:1234")[0] == 1

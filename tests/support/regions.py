@@ -54,9 +54,9 @@ class Watched:
         self.hook("size", name)
         return self._store.size(name)
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def list(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
         self.hook("list", prefix)
-        return self._store.list(prefix)
+        return self._store.list(prefix, after)
 
     def put_new(self, name: str, buffers: Sequence[Buffer]) -> int:
         self.hook("put_new", name)
