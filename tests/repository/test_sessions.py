@@ -528,9 +528,13 @@ def test_damage_is_not_marked_while_collections_never_end() -> None:
     store.delete(name)
     store.put_new(name, [data])
 
+    going = [f"packs/{number:032x}" for number in range(1, 20)]
+    for other in going:
+        store.put_new(other, [data])
+
     def replace(what: str) -> None:
-        if what == f"get {name}":
-            repository.rebuild_index()
+        if what == f"get {name}" and going:
+            store.delete(going.pop())
 
     with pytest.raises(BusyError, match="a collection is at work"):
         Repository.open(HookedStore(store, replace)).verify()

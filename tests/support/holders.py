@@ -6,6 +6,7 @@ import secrets
 
 import blake3
 
+from snapcore.errors import DamagedError
 from snapcore.keys import Parameters
 from snapcore.keys.interface import Place
 
@@ -25,5 +26,7 @@ class Fixed:
 
     def find(self, parameters: Parameters, place: Place) -> bytearray:
         """The wrapping key of the word and that salt."""
+        if "salt" not in parameters:
+            raise DamagedError("the parameters are none of a word: they have no salt")
         text = f"{self._word} {parameters['salt']} {place.domain}"
         return bytearray(blake3.blake3(text.encode(), derive_key_context="snapcore test holder").digest())
