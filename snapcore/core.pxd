@@ -1,5 +1,8 @@
 # The state that the kernels of an open pool share: plain structs and free functions, no Python object.
+from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from posix.types cimport off_t
+from posix.unistd cimport pwrite
 
 from snapcore.blockmap cimport Trees
 from snapcore.presence cimport PresenceState
@@ -152,8 +155,8 @@ cdef struct CoreState:
     uint64_t frozen_space_root
 
 
-# The medium. All return errno, or 0.
-cdef int medium_put(
+# The medium. All return errno, or 0. The first is what `medium_put` does when it is not the operating system.
+cdef int medium_put_recorded(
     CoreState *core, int descriptor, const uint8_t *data, uint64_t size_bytes, uint64_t offset
 ) noexcept nogil
 cdef int medium_sync(CoreState *core, int descriptor) noexcept nogil
@@ -191,6 +194,26 @@ cdef inline int map_trouble(CoreState *core, Trouble *trouble) noexcept nogil:
 
 cdef inline uint64_t max_blocks() noexcept nogil:
     return <uint64_t> 1 << 40
+
+
+# Write all of it. Returns errno, or 0.
+cdef inline int medium_put(
+    CoreState *core, int descriptor, const uint8_t *data, uint64_t size_bytes, uint64_t offset
+) noexcept nogil:
+    cdef uint64_t done = 0
+    cdef ssize_t part
+    if core.medium != NULL:
+        return medium_put_recorded(core, descriptor, data, size_bytes, offset)
+    while done < size_bytes:
+        part = pwrite(descriptor, data + done, size_bytes - done, <off_t> (offset + done))
+        if part < 0:
+            if errno == EINTR:
+                continue
+            return errno
+        if part == 0:
+            return EIO
+        done += part
+    return 0
 
 
 cdef class Core:

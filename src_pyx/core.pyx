@@ -11,7 +11,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.types cimport off_t
-from posix.unistd cimport pread, pwrite
+from posix.unistd cimport pread
 
 import numpy as np
 
@@ -86,27 +86,7 @@ cdef void medium_pause() noexcept nogil:
     snapcore_pause()
 
 
-cdef int medium_put(
-    CoreState *core, int descriptor, const uint8_t *data, uint64_t size_bytes, uint64_t offset
-) noexcept nogil:
-    """Write all of it. Returns errno, or 0."""
-    cdef uint64_t done = 0
-    cdef ssize_t part
-    if core.medium != NULL:
-        return _put_recorded(core, descriptor, data, size_bytes, offset)
-    while done < size_bytes:
-        part = pwrite(descriptor, data + done, size_bytes - done, <off_t> (offset + done))
-        if part < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        if part == 0:
-            return EIO
-        done += part
-    return 0
-
-
-cdef int _put_recorded(
+cdef int medium_put_recorded(
     CoreState *core, int descriptor, const uint8_t *data, uint64_t size_bytes, uint64_t offset
 ) noexcept with gil:
     try:

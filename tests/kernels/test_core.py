@@ -20,7 +20,7 @@ def test_a_result_has_one_meaning() -> None:
         for name, value in vars(module).items()
         if not name.startswith("_") and type(value) is int and value < 0
     ]
-    assert sorted(results, reverse=True) == list(range(-1, -18, -1))
+    assert len(results) > 15 and sorted(results) == [*range(-len(results), 0)]
 
 
 def test_a_core_that_was_stopped_commits_nothing_and_says_why() -> None:
