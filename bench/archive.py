@@ -149,9 +149,9 @@ def guest(folder: Path) -> Iterator[str]:
         yield "guest beside an archive: needs fio"
         return
     with Pool.create(folder / "guest") as pool:
-        disk, other = pool.create_disk("disk", 4 * GIB), pool.create_disk("other", 8 * GIB)
+        disk, other = pool.create_disk("disk", 4 * GIB), pool.create_disk("other", 4 * GIB)
         fill(disk, GIB)
-        fill(other, 2 * GIB)
+        fill(other, GIB)
         pool.checkpoint()
         os.sync()
         with NbdServer(pool, listen=[f"unix:{folder}/socket"]):
