@@ -109,7 +109,7 @@ def measure(found: list[Job], place: Path, rounds: int) -> int:
     """Run all jobs and print a line for each. Returns how many missed the bar."""
     missed = 0
     click.echo(
-        f"{'':14} {'snapcore':>9} {'-t writeback':>13} {'ratio':>6} {'-t unsafe':>10} {'ratio':>6}  largest memory"
+        f"{'':14} {'snapcore':>9} {'-t writeback':>13} {'ratio':>6} {'-t unsafe':>10} {'ratio':>6}  CPU of both, memory"
     )
     for job in found:
         warm_data(job.image)
