@@ -53,7 +53,10 @@ def test_one_more_snapshot_costs_what_it_costs_with_ten(many: tuple[CountingStor
     store, content = many
     few, _ = crowded(10)
     after = changed(content, 2)
-    assert calls_of_an_addition(store, after) == calls_of_an_addition(few, after)
+    calls, calls_with_few = calls_of_an_addition(store, after), calls_of_an_addition(few, after)
+    # Two threads that want the same node at once may both read it.
+    assert abs(calls.pop("get_range") - calls_with_few.pop("get_range")) <= 2
+    assert calls == calls_with_few
     assert sum(calls_of_an_addition(store, changed(after, 3)).values()) <= 40
     assert not any(kind == "packs" for method, kind in store.calls if method == "list")
 

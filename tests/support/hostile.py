@@ -255,7 +255,9 @@ def superblock_fields(pieces: Pieces, dice: random.Random) -> None:
     for _ in range(dice.choice((1, 1, 1, 3))):
         name = dice.choice(fields)
         near = getattr(block, name) + dice.choice((-2, -1, 1, 2, 1 << 48))
-        changes[name] = min((1 << 64) - 1, max(0, dice.choice((near, dice.choice(NUMBERS)))))
+        # A field of 32 bits among those of 64.
+        most = (1 << 32) - 1 if name == "must_read" else (1 << 64) - 1
+        changes[name] = min(most, max(0, dice.choice((near, dice.choice(NUMBERS)))))
     changed = dataclasses.replace(block, **changes, clean=dice.choice((True, False, block.clean)))
     if dice.choice((True, True, False)):
         with_block(pieces, changed)
