@@ -8,6 +8,7 @@ trusted: docs/DESIGN.md, "Copies".
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class _Work:
     suspect: Mask
 
 
-class _Reading(Reading):
+class _Reading(Reading, ABC):
     """What both ways have in common: ids of the source, and a result."""
 
     def __init__(
@@ -121,9 +122,9 @@ class _Reading(Reading):
         more = int(ids.any(axis=1).sum()) - int(work.old.any(axis=1).sum())
         return Outcome(span, ids, None, changed, more, records)
 
+    @abstractmethod
     def _moved(self, work: _Work) -> tuple[Node, list[Record]]:
         """Ids of the chunks over there, and the records that are missing there."""
-        raise NotImplementedError
 
     def _lacking(self, ids: Node, slots: list[int]) -> list[int]:
         """Those of the slots whose chunks are not over there."""

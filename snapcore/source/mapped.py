@@ -9,6 +9,7 @@ reads. It keeps pages in memory up to a bound.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -48,7 +49,7 @@ class Units(NamedTuple):
     places: npt.NDArray[np.int64]
 
 
-class MappedImage:
+class MappedImage(ABC):
     """An open image of some format as a `Source`.
 
     Parameters
@@ -84,6 +85,7 @@ class MappedImage:
         self._kept_bytes = 0
         self._lock = threading.Lock()
 
+    @abstractmethod
     def load(self, page: int) -> Units | None:
         """Units of a page of the tables, all of them checked; None where there is no page: all BELOW.
 
@@ -92,7 +94,6 @@ class MappedImage:
         ImageError
             A place lies outside the file, or an entry makes no sense.
         """
-        raise NotImplementedError
 
     def present(self) -> Iterable[int]:
         """Pages of which `load` may give some, ascending."""
