@@ -93,13 +93,18 @@ cdef struct ConnectionState:
     pthread_mutex_t sending
     int broken
     uint64_t answered
-    # What was received and not looked at yet; answers that are not sent yet; a write's data.
+    # What was received and not looked at yet; answers that are not sent yet; data of a write or of a long read.
     uint8_t *inbox
     uint64_t inbox_start
     uint64_t inbox_end
     Outbox outbox
     uint8_t *payload
     uint64_t payload_capacity
+    # Long writes come: a header is received without what follows it, which has a place of its own.
+    int streaming
+    # How often in a row nothing was found before sleeping; so many times it is not looked for now.
+    int lookouts_failed
+    int sleeps
 
 
 cdef class Export:

@@ -33,6 +33,9 @@ from snapcore.pages cimport (
 )
 from snapcore.volume cimport Volume, volume_read, volume_write, volume_zero
 
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **memory, size_t alignment, size_t size)
+
 cdef extern from "<pthread.h>" nogil:
     int pthread_cond_init(pthread_cond_t *condition, const void *attributes)
     int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
@@ -50,6 +53,7 @@ cdef extern from *:
     #endif
     #include <errno.h>
     #include <fcntl.h>
+    #include <sched.h>
     #include <stdint.h>
     #include <string.h>
     #include <sys/socket.h>
@@ -65,14 +69,18 @@ cdef extern from *:
     #define MSG_NOSIGNAL 0
     #endif
 
-    static ssize_t snapcore_receive(int descriptor, void *data, size_t length, int all) {
-        return recv(descriptor, data, length, all ? MSG_WAITALL : 0);
+    static ssize_t snapcore_receive(int descriptor, void *data, size_t length) {
+        return recv(descriptor, data, length, 0);
     }
     static ssize_t snapcore_send(int descriptor, const void *data, size_t length) {
         return send(descriptor, data, length, MSG_NOSIGNAL);
     }
     static ssize_t snapcore_send_now(int descriptor, const void *data, size_t length) {
         return send(descriptor, data, length, MSG_NOSIGNAL | MSG_DONTWAIT);
+    }
+    static int snapcore_has_come(int descriptor) {
+        char first;
+        return recv(descriptor, &first, 1, MSG_PEEK | MSG_DONTWAIT) != -1 || (errno != EAGAIN && errno != EINTR);
     }
     static void snapcore_cut_off(int descriptor) { shutdown(descriptor, SHUT_RDWR); }
     static uint64_t snapcore_now_ns(void) {
@@ -123,9 +131,11 @@ cdef extern from *:
     #define snapcore_32(x) __builtin_bswap32(x)
     #define snapcore_64(x) __builtin_bswap64(x)
     """
-    ssize_t snapcore_receive(int descriptor, void *data, size_t length, int all) noexcept nogil
+    ssize_t snapcore_receive(int descriptor, void *data, size_t length) noexcept nogil
     ssize_t snapcore_send(int descriptor, const void *data, size_t length) noexcept nogil
     ssize_t snapcore_send_now(int descriptor, const void *data, size_t length) noexcept nogil
+    int snapcore_has_come(int descriptor) noexcept nogil
+    int sched_yield() noexcept nogil
     void snapcore_cut_off(int descriptor) noexcept nogil
     uint64_t snapcore_now_ns() noexcept nogil
     int snapcore_is_local(int descriptor) noexcept nogil
@@ -165,10 +175,14 @@ cdef enum:
     MAX_LENGTH = 1 << 25
     MAX_JOB_BYTES = 1 << 26
     MAX_EXTENTS = 1024
+    # How long to look for what comes before sleeping.
+    LOOK_OUT_NS = 50000
+    # From here on a read's data has pages of its own.
+    LONG_BYTES = 1 << 15
     # A longer read is answered in parts: that bounds memory. Smaller parts cost the client more than they save here.
     READ_PART_BYTES = 1 << 20
-    # A longer write is done in parts: the client sends the next one meanwhile, and what is copied is in the cache.
-    WRITE_PART_BYTES = 1 << 18
+    # A longer write is done in parts: the client sends the next one meanwhile.
+    WRITE_PART_BYTES = 1 << 20
     # Of a map, that one block status walks: then the answer is shorter than what was asked for.
     MAX_SLICES = 64
     SLICE_RUNS = 512
@@ -422,7 +436,8 @@ cdef void _send_all(ConnectionState *connection, const uint8_t *data, uint64_t s
 
 
 cdef bint _send_for(
-    ConnectionState *connection, Job *job, const uint8_t *data, uint64_t size_bytes, bint is_last
+    ConnectionState *connection, Job *job, const uint8_t *before, uint64_t before_bytes, const uint8_t *data,
+    uint64_t size_bytes, bint is_last
 ) noexcept nogil:
     """Send a part of a job's answer; False when the job was given up meanwhile, and nothing more is to be said."""
     pthread_mutex_lock(&connection.sending)
@@ -432,6 +447,7 @@ cdef bint _send_for(
     # Counted before the client can have it.
     if is_last:
         count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
+    _send_all(connection, before, before_bytes)
     _send_all(connection, data, size_bytes)
     job.answered = is_last
     pthread_mutex_unlock(&connection.sending)
@@ -704,21 +720,24 @@ cdef void _read_for(ConnectionState *connection, Job *job, int *code) noexcept n
     """Answer a read part by part."""
     cdef Request *request = &job.request
     cdef uint64_t part = _part_of(connection, request)
-    cdef uint8_t *out = <uint8_t *> malloc(64 + part)
-    cdef uint32_t before
-    if out == NULL:
+    cdef uint8_t before[64]
+    cdef uint32_t before_bytes
+    cdef void *data = NULL
+    cdef bint is_last
+    if posix_memalign(&data, BLOCK_BYTES, part):
         code[0] = ENOMEM
         return
     while code[0] == 0 and request.done < request.length:
         part = _part_of(connection, request)
-        before = _before_data(connection, out, request, part)
-        code[0] = _read(connection.target, out + before, part, request.offset + request.done, False)
+        code[0] = _read(connection.target, <uint8_t *> data, part, request.offset + request.done, False)
         store_count(&job.since_ns, snapcore_now_ns(), __ATOMIC_SEQ_CST)
         if code[0] == 0:
-            if not _send_for(connection, job, out, before + part, request.done + part == request.length):
+            before_bytes = _before_data(connection, before, request, part)
+            is_last = request.done + part == request.length
+            if not _send_for(connection, job, before, before_bytes, <uint8_t *> data, part, is_last):
                 break
             request.done += part
-    free(out)
+    free(data)
 
 
 cdef int _cache(ExportState *target, Job *job) noexcept nogil:
@@ -753,7 +772,7 @@ cdef void _do_job(ConnectionState *connection, Job *job) noexcept nogil:
     elif request.kind == BLOCK_STATUS:
         code = _block_status(connection, request, &box)
         if box.bytes:
-            _send_for(connection, job, box.data, box.bytes, code == 0)
+            _send_for(connection, job, box.data, box.bytes, NULL, 0, code == 0)
         free(box.data)
         if code == 0:
             return
@@ -771,7 +790,7 @@ cdef void _do_job(ConnectionState *connection, Job *job) noexcept nogil:
         store_count(&job.since_ns, snapcore_now_ns(), __ATOMIC_SEQ_CST)
         code = _flush(target)
     size_bytes = _outcome(connection, small, request, code)
-    _send_for(connection, job, small, size_bytes, True)
+    _send_for(connection, job, small, size_bytes, NULL, 0, True)
 
 
 cdef uint64_t _memory_of(ConnectionState *connection, const Job *job) noexcept nogil:
@@ -975,6 +994,25 @@ cdef int _expire(ConnectionState *connection, uint64_t limit_ns) noexcept nogil:
 
 # Requests
 
+cdef void _look_out(ConnectionState *connection) noexcept nogil:
+    """Look for the next request for a moment before sleeping: to be woken takes longer than the client's next thought.
+
+    Others who want this processor have it meanwhile. What found nothing is tried again after twice as many waits.
+    """
+    cdef uint64_t until_ns
+    if connection.sleeps:
+        connection.sleeps -= 1
+        return
+    until_ns = snapcore_now_ns() + LOOK_OUT_NS
+    while snapcore_now_ns() < until_ns:
+        if snapcore_has_come(connection.descriptor):
+            connection.lookouts_failed = 0
+            return
+        sched_yield()
+    connection.lookouts_failed = min(connection.lookouts_failed + 1, 10)
+    connection.sleeps = (1 << connection.lookouts_failed) - 1
+
+
 cdef int _receive(
     ConnectionState *connection, uint8_t *data, uint64_t least, uint64_t most, uint64_t *got
 ) noexcept nogil:
@@ -982,7 +1020,8 @@ cdef int _receive(
     cdef ssize_t part
     got[0] = 0
     while got[0] < least:
-        part = snapcore_receive(connection.descriptor, data + got[0], most - got[0], least == most)
+        _look_out(connection)
+        part = snapcore_receive(connection.descriptor, data + got[0], most - got[0])
         if part < 0:
             if errno == EINTR:
                 continue
@@ -1009,28 +1048,41 @@ cdef int _fetch(ConnectionState *connection, uint64_t size_bytes) noexcept nogil
     memmove(connection.inbox, connection.inbox + connection.inbox_start, have)
     connection.inbox_start = 0
     connection.inbox_end = have
-    ended = _receive(connection, connection.inbox + have, size_bytes - have, INBOX_BYTES - have, &got)
+    ended = _receive(
+        connection, connection.inbox + have, size_bytes - have,
+        size_bytes - have if connection.streaming else INBOX_BYTES - have, &got,
+    )
     connection.inbox_end += got
     return ended
+
+
+cdef bint _have_payload(ConnectionState *connection, uint64_t length) noexcept nogil:
+    """Memory for so much data, that begins with a page."""
+    cdef void *data = NULL
+    if length <= connection.payload_capacity:
+        return True
+    free(connection.payload)
+    connection.payload = NULL
+    connection.payload_capacity = 0
+    if posix_memalign(&data, BLOCK_BYTES, length):
+        return False
+    connection.payload = <uint8_t *> data
+    connection.payload_capacity = length
+    return True
 
 
 cdef int _payload(ConnectionState *connection, uint64_t length, const uint8_t **data) noexcept nogil:
     """The data of a write, which is in the inbox or is received into memory of its own."""
     cdef uint64_t have = connection.inbox_end - connection.inbox_start
     cdef uint64_t got = 0
-    cdef uint8_t *payload
     cdef int ended
     if length <= INBOX_BYTES // 2:
         ended = _fetch(connection, length)
         data[0] = connection.inbox + connection.inbox_start
         connection.inbox_start += length
         return ended
-    if length > connection.payload_capacity:
-        payload = <uint8_t *> realloc(connection.payload, length)
-        if payload == NULL:
-            return NO_MEMORY_LEFT
-        connection.payload = payload
-        connection.payload_capacity = length
+    if not _have_payload(connection, length):
+        return NO_MEMORY_LEFT
     have = min(have, length)
     memcpy(connection.payload, connection.inbox + connection.inbox_start, have)
     connection.inbox_start += have
@@ -1041,30 +1093,55 @@ cdef int _payload(ConnectionState *connection, uint64_t length, const uint8_t **
     return GOING_ON
 
 
-cdef int _read_request(ConnectionState *connection, Request *request) noexcept nogil:
-    cdef uint8_t *out
-    cdef uint32_t before
+cdef int _read_long(ConnectionState *connection, Request *request) noexcept nogil:
+    """Answer a long read: data has pages of its own, from where and to where the kernel copies faster."""
+    cdef uint8_t before[64]
     cdef uint64_t part
+    cdef uint32_t size_bytes
     cdef int code
-    if request.length > MAX_LENGTH:
-        return _answer(connection, request, EOVERFLOW if request.flags & FLAG_DF else EINVAL)
-    while True:
+    while request.done < request.length:
         part = _part_of(connection, request)
-        out = _room(connection, 64 + part)
-        if out == NULL:
-            return _answer(connection, request, ENOMEM)
-        before = _before_data(connection, out, request, part)
-        code = _read(connection.target, out + before, part, request.offset + request.done, True)
+        if not _have_payload(connection, part):
+            return _hand_over(connection, request, NULL)
+        code = _read(connection.target, connection.payload, part, request.offset + request.done, True)
         if code < 0:
             return _hand_over(connection, request, NULL)
         if code:
             return _answer(connection, request, code)
-        connection.outbox.bytes += before + part
+        size_bytes = _before_data(connection, before, request, part)
         request.done += part
         if request.done == request.length:
             count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
-            return GOING_ON
-        _send_outbox(connection)
+        pthread_mutex_lock(&connection.sending)
+        if connection.outbox.bytes:
+            _send_all(connection, connection.outbox.data, connection.outbox.bytes)
+            connection.outbox.bytes = 0
+        _send_all(connection, before, size_bytes)
+        _send_all(connection, connection.payload, part)
+        pthread_mutex_unlock(&connection.sending)
+    return GOING_ON
+
+
+cdef int _read_request(ConnectionState *connection, Request *request) noexcept nogil:
+    cdef uint8_t *out
+    cdef uint32_t before
+    cdef int code
+    if request.length > MAX_LENGTH:
+        return _answer(connection, request, EOVERFLOW if request.flags & FLAG_DF else EINVAL)
+    if request.length >= LONG_BYTES:
+        return _read_long(connection, request)
+    out = _room(connection, 64 + request.length)
+    if out == NULL:
+        return _answer(connection, request, ENOMEM)
+    before = _before_data(connection, out, request, request.length)
+    code = _read(connection.target, out + before, request.length, request.offset, True)
+    if code < 0:
+        return _hand_over(connection, request, NULL)
+    if code:
+        return _answer(connection, request, code)
+    connection.outbox.bytes += before + request.length
+    count_up(&connection.answered, 1, __ATOMIC_SEQ_CST)
+    return GOING_ON
 
 
 cdef uint8_t *_taken(ConnectionState *connection, const uint8_t *data, uint64_t length) noexcept nogil:
@@ -1112,6 +1189,7 @@ cdef int _write_request(ConnectionState *connection, const Request *request, int
         return TOO_LONG
     if code == 0 and _may_stall(connection.target, request.offset, request.length):
         return _write_later(connection, request)
+    connection.streaming = request.length >= INBOX_BYTES
     while done < request.length:
         part = min(request.length - done, <uint64_t> WRITE_PART_BYTES)
         ended = _payload(connection, part, &data)
