@@ -91,11 +91,11 @@ cdef struct VolumeState:
     Backing *backing
     uint64_t window_next
     uint64_t window_end
-    # Blocks that are held and hold zeros on the host already; 1 + the commits at the last take, 0 before it.
+    # Blocks that are held and hold zeros on the host already; whether a small write took new blocks before.
     uint64_t ready_first
     uint64_t ready_count
     int preparing
-    uint64_t taken_at
+    int takes
     VolumeState *next
 
 cdef struct Operation:

@@ -88,6 +88,13 @@ cdef extern from *:
         clock_gettime(CLOCK_MONOTONIC, &now);
         return (uint64_t) now.tv_sec * 1000000000u + (uint64_t) now.tv_nsec;
     }
+    /* Of a Unix socket: with less, who sends a long answer sleeps while the client takes the first part of it. */
+    static void snapcore_set_room(int descriptor, int bytes) {
+        struct sockaddr_storage name;
+        socklen_t length = sizeof name;
+        if (getsockname(descriptor, (struct sockaddr *) &name, &length) == 0 && name.ss_family == AF_UNIX)
+            setsockopt(descriptor, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+    }
     static void snapcore_hang_up(int descriptor) { shutdown(descriptor, SHUT_RD); }
     static int snapcore_set_idle(int descriptor, double seconds) {
         struct timeval time;
@@ -139,6 +146,7 @@ cdef extern from *:
     void snapcore_cut_off(int descriptor) noexcept nogil
     uint64_t snapcore_now_ns() noexcept nogil
     int snapcore_is_local(int descriptor) noexcept nogil
+    void snapcore_set_room(int descriptor, int bytes) noexcept nogil
     void snapcore_hang_up(int descriptor) noexcept nogil
     int snapcore_set_idle(int descriptor, double seconds) noexcept nogil
     int snapcore_file_sync(int descriptor) noexcept nogil
@@ -1400,6 +1408,8 @@ cdef class Connection:
         connection.inbox = <uint8_t *> malloc(INBOX_BYTES)
         if connection.inbox == NULL:
             raise MemoryError
+        # Enough for a part; what the system does not allow is not needed.
+        snapcore_set_room(descriptor, READ_PART_BYTES)
         if idle_s and snapcore_set_idle(descriptor, idle_s):
             raise OSError("the socket takes no time limit")
 

@@ -441,18 +441,18 @@ cdef int _write_part(
 
 
 cdef void _make_ready(CoreState *core, VolumeState *volume) noexcept nogil:
-    """After a small write that took new blocks: write zeros to those that the next ones will take, if its like goes on.
+    """After a small write that took new blocks: write zeros to those that the next ones will take, from the second on.
 
-    A sync that makes the host's file system allocate costs several times one that does not, and who flushed between two
-    takes is likely to do so again. The mutex is held before and after, and let go in between; what the write itself
-    needs of the host it has by now.
+    The host's file system makes room for many blocks at once for less than for one after the other, and a sync that
+    makes it allocate costs several times one that does not. The mutex is held before and after, and let go in between;
+    what the write itself needs of the host it has by now.
     """
-    cdef uint64_t before = volume.taken_at
+    cdef bint is_first = not volume.takes
     cdef uint64_t first
     cdef uint64_t count = 0
     cdef int code
-    volume.taken_at = core.commits + 1
-    if before == 0 or before == volume.taken_at or volume.ready_count or volume.preparing:
+    volume.takes = 1
+    if is_first or volume.ready_count or volume.preparing:
         return
     if core.limit_blocks and core.used_count + core.held_count + READY_BLOCKS >= core.limit_blocks:
         return
