@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from snapcore.pool import Disk, Pool, Snapshot
+from snapcore.pool import Pool, Snapshot
+from tests.support.file_systems import check_file_system, file_in, recovered
 from tests.support.guest import NETWORK, NETWORK_MODULES, Guest, make_debian, make_guest, make_root
 from tests.support.nbd import Serve
 from tests.support.pools import MIB, check_space
@@ -78,32 +77,6 @@ def installed(guest: Guest, pool: Pool, tmp_path: Path) -> Snapshot:
     return pool.import_image("golden", make_root(tmp_path, WORK, ROOT_BYTES)).snapshot("installed")
 
 
-@contextmanager
-def recovered(version: Disk | Snapshot, folder: Path) -> Iterator[Path]:
-    """An image of it in which the journal has done what it has to."""
-    image = folder / f"recovered-{version.id}"
-    version.export(image)
-    subprocess.run(["e2fsck", "-fy", "-E", "journal_only", image], capture_output=True, check=False)
-    try:
-        yield image
-    finally:
-        image.unlink()
-
-
-def check_file_system(snapshot: Snapshot, folder: Path) -> None:
-    """Clean, after its journal has done what it has to."""
-    with recovered(snapshot, folder) as image:
-        done = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def file_in(disk: Disk, path: str, folder: Path) -> str:
-    """A file in the file system of a disk."""
-    with recovered(disk, folder) as image:
-        done = subprocess.run(["debugfs", "-R", f"cat {path}", image], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_back(
     serve: Serve, pool: Pool, guest: Guest, installed: Snapshot, tmp_path: Path
 ) -> None:
@@ -112,7 +85,7 @@ def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_bac
     served = serve()
     said = guest.boot(served.path, "vm")
     assert "as it was installed" in said
-    assert file_in(clone, "/etc/starts", tmp_path) == "x\n"
+    assert file_in(clone, "/etc/starts", tmp_path) == b"x\n"
     # What it wrote is what differs from where the clone came from.
     changed = int(pool.diff(installed, clone)[:, 1].sum())
     assert MIB <= changed < 8 * MIB
@@ -145,7 +118,7 @@ def test_the_kernels_own_client_has_a_file_system_on_a_disk(serve: Serve, pool: 
     assert len(clients) == 8
     served.server.stop()
     check_file_system(data.snapshot("end"), tmp_path)
-    sums = dict(reversed(line.split()) for line in file_in(machine, "/etc/written", tmp_path).splitlines())
+    sums = dict(reversed(line.split()) for line in file_in(machine, "/etc/written", tmp_path).decode().splitlines())
     assert len(sums) == 9
     with recovered(data, tmp_path) as image:
         for name, found in sums.items():
@@ -178,7 +151,7 @@ def test_ten_clones_of_one_snapshot_are_written_at_once_and_each_is_its_own(
     ended.set()
     cutter.join()
     starts = [file_in(clone, "/etc/starts", tmp_path) for clone in clones]
-    assert [text for text, found in zip(said, starts, strict=True) if found != "x\n"] == []
+    assert [text for text, found in zip(said, starts, strict=True) if found != b"x\n"] == []
     assert installed.pread(ROOT_BYTES, 0) == original
     contents = {clone.pread(ROOT_BYTES, 0) for clone in clones}
     assert len(contents) == 10
@@ -197,7 +170,7 @@ def test_a_whole_debian_boots_from_a_clone_and_again_after_it_was_destroyed(
         clone = pool.create_disk("vm", source=installed)
         served = serve(pool=pool)
         guest.boot(served.path, "vm", memory_mib=512)
-        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n"
+        assert file_in(clone, "/etc/written", tmp_path) == b"systemd was here\n"
         assert 0 < pool.diff(installed, clone)[:, 1].sum() < 128 * MIB
         good = clone.snapshot("good")
         check_file_system(good, tmp_path)
@@ -206,6 +179,6 @@ def test_a_whole_debian_boots_from_a_clone_and_again_after_it_was_destroyed(
         clone.rollback(good)
         again = serve(pool=pool)
         guest.boot(again.path, "vm", memory_mib=512)
-        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n" * 2
+        assert file_in(clone, "/etc/written", tmp_path) == b"systemd was here\n" * 2
         again.server.stop()
         check_space(pool)
