@@ -45,15 +45,18 @@ class Witness:
 
     begun: int = 0
     answered: int = 0
+    slowest_s: float = 0
 
     def write(self, served: Served, ended: threading.Event) -> None:
         """Until the end."""
-        with Peer(served.path) as peer:
+        with Peer(served.path, timeout_s=120) as peer:
             peer.enter("web")
             while not ended.is_set():
                 self.begun += 1
+                started = time.monotonic()
                 for place in WITNESS_PLACES:
                     assert peer.write(place, self.begun.to_bytes(8)) == 0
+                self.slowest_s = max(self.slowest_s, time.monotonic() - started)
                 self.answered = self.begun
                 if self.begun % 100 == 0:
                     assert peer.request(FLUSH) == 0
@@ -191,7 +194,8 @@ def test_fio_verifies_for_minutes_while_snapshots_clones_and_deletions_go_on(
         assert pool.snapshot("last").pread(len(last), 0) == last
     print(
         f"{SECONDS:.0f} s: {cuts.cut} snapshots with up to {cuts.sectors} sectors of fio, {cuts.cloned} clones written "
-        f"by fio, {cuts.deleted} snapshots deleted, {witness.answered} pairs of a witness"
+        f"by fio, {cuts.deleted} snapshots deleted, {witness.answered} pairs of a witness, "
+        f"the slowest in {witness.slowest_s:.2f} s"
     )
 
 
