@@ -1,12 +1,14 @@
-"""The work on one span of a source: read it, find the chunks that differ from the parent's, make their records.
+"""The work on spans of a source: read them, find the chunks that differ from the parent's, make their records.
 
-Relies on the hints only where they are `trusted`: then a chunk whose fingerprint is the recorded one counts as
+Spans that are scattered travel together (`Piece`): what each costs by itself is a read, all else is done for all their
+chunks at once. Relies on the hints only where they are `trusted`: then a chunk whose fingerprint is the recorded one counts as
 unchanged; every other chunk is told by its content id. What is `suspect` (the parent's chunk there is damaged) is
 always hashed, and stored again when it is missing.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from snapcore.repository.hints import Fingerprints, Hints
 from snapcore.repository.objects import Objects
 from snapcore.repository.record import Record, RecordKind
 from snapcore.repository.table import ids_of
-from snapcore.repository.tree import FANOUT, Node, Root
+from snapcore.repository.tree import FANOUT, Node, Places, Root
 from snapcore.source import Source
 from snapcore.source.interface import BlockSource
 
@@ -41,11 +43,15 @@ class Span:
     hole: bool
 
 
+# Spans in ascending order; of data no more than SPAN_BYTES together.
+Piece = tuple[Span, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a span: the new ids of its chunks, or None where nothing changed."""
+    """What became of a hole, or of spans of data: the new ids of all their chunks, or None where nothing changed."""
 
-    span: Span
+    spans: Piece
     ids: Node | None
     fingerprints: Fingerprints | None
     changed_chunks: int
@@ -64,8 +70,17 @@ class RecordSource(Source, Protocol):
         """The work on one span; safe on many threads at once."""
 
 
+def places_of(spans: Piece, chunk_bytes: int) -> Places:
+    """Numbers of the chunks of spans, in order."""
+    ranges = [
+        np.arange(span.offset_bytes // chunk_bytes, -(-(span.offset_bytes + span.length_bytes) // chunk_bytes))
+        for span in spans
+    ]
+    return np.concatenate(ranges)
+
+
 class Reading:
-    """The work on one span; safe on many threads at once."""
+    """The work on one piece; safe on many threads at once."""
 
     def __init__(
         self,
@@ -89,55 +104,65 @@ class Reading:
         self._chunk_bytes = objects.chunk_bytes
         self._local = threading.local()
 
-    def __call__(self, span: Span) -> Outcome:
-        return self._clear(span) if span.hole else self._read(span)
+    def __call__(self, piece: Piece) -> list[Outcome]:
+        return [
+            outcome
+            for hole, spans in itertools.groupby(piece, lambda span: span.hole)
+            for outcome in (map(self._clear, spans) if hole else [self._read(tuple(spans))])
+        ]
 
     def _clear(self, span: Span) -> Outcome:
         first = span.offset_bytes // self._chunk_bytes
         stop = -(-(span.offset_bytes + span.length_bytes) // self._chunk_bytes)
         if stop - first <= FANOUT:
-            gone = len(tree.used_slots(self.parent_ids(first, stop - first)))
+            gone = len(tree.used_slots(self.parent_ids(np.arange(first, stop))))
         else:
             gone = 0
             for start, leaf in self._leaves(first, stop):
                 used = tree.used_slots(leaf) + start
                 gone += int(((used >= first) & (used < stop)).sum())
-        return Outcome(span, None, None, gone, -gone, [])
+        return Outcome((span,), None, None, gone, -gone, [])
 
     def _leaves(self, first: int, stop: int) -> Iterator[tuple[int, Node]]:
         # What of the parent cannot be read counts as not there: it is in `suspect` and read from the source.
         return tree.leaves(self._parent, self._objects.node, first, stop, damaged=lambda *_: None)
 
-    def parent_ids(self, first: int, count: int) -> Node:
-        """Ids of the parent's chunks from `first` on: uint8 array of shape (count, 32)."""
-        ids = np.zeros((count, ID_BYTES), dtype=np.uint8)
-        for start in range(first // FANOUT * FANOUT, first + count, FANOUT):
+    def parent_ids(self, places: Places) -> Node:
+        """Ids of the parent's chunks at ascending places: uint8 array of shape (n, 32)."""
+        ids = np.zeros((len(places), ID_BYTES), dtype=np.uint8)
+        for low, high in tree.by_leaf(places):
             try:
-                leaf = tree.leaf(self._parent, self._objects.node, start)
+                leaf = tree.leaf(self._parent, self._objects.node, int(places[low]))
             except DamagedError:
-                low, high = max(first, start), min(first + count, start + FANOUT)
-                if not self._suspect_mask(low, high - low).all():
+                if not self._suspect_mask(places[low:high]).all():
                     raise
                 # What is found in the source there counts as new.
                 continue
             if leaf is not None:
-                low, high = max(first, start), min(first + count, start + FANOUT)
-                ids[low - first : high - first] = leaf[low - start : high - start]
+                ids[low:high] = leaf[places[low:high] % FANOUT]
         return ids
 
     def chunks(self, offset_bytes: int, length_bytes: int) -> memoryview:
         """Bytes of the source from a chunk's border on, zeros to the next border behind; valid until the next call."""
-        return self._load(offset_bytes, length_bytes)[0]
+        return self._load((Span(offset_bytes, length_bytes, False),))[0]
 
-    def _load(self, offset_bytes: int, length_bytes: int) -> tuple[memoryview, Fingerprints, Mask]:
-        """The chunks of a range as bytes, valid until the next call, their fingerprints, and which are zero."""
+    def _load(self, spans: Piece) -> tuple[memoryview, Fingerprints, Mask]:
+        """The chunks of spans as bytes, valid until the next call, their fingerprints, and which are zero."""
         size = self._chunk_bytes
-        view = self._space(-(-length_bytes // size) * size)
+        lengths = [-(-span.length_bytes // size) * size for span in spans]
+        view = self._space(sum(lengths))
+        ends = list(itertools.accumulate(lengths))
+        parts = [view[end - length : end] for end, length in zip(ends, lengths, strict=True)]
         if self._blocks is not None:
-            prints, zero = self._blocks.read_blocks(view, offset_bytes, length_bytes, size, self._hints.seed)
+            found = [
+                self._blocks.read_blocks(part, span.offset_bytes, span.length_bytes, size, self._hints.seed)
+                for part, span in zip(parts, spans, strict=True)
+            ]
+            prints, zero = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         else:
-            self._source.read_into(view[:length_bytes], offset_bytes)
-            view[length_bytes:] = bytes(len(view) - length_bytes)
+            for part, span in zip(parts, spans, strict=True):
+                self._source.read_into(part[: span.length_bytes], span.offset_bytes)
+                part[span.length_bytes :] = bytes(len(part) - span.length_bytes)
             prints = digest.xxh64_blocks(view, size, self._hints.seed)
             zero = scan.zero_mask(view, size).view(np.bool)
         prints[zero] = 0
@@ -150,15 +175,15 @@ class Reading:
             space = self._local.space = memoryview(bytearray(max(length_bytes, SPAN_BYTES)))
         return space[:length_bytes]
 
-    def _read(self, span: Span) -> Outcome:
-        data, prints, zero = self._load(span.offset_bytes, span.length_bytes)
+    def _read(self, spans: Piece) -> Outcome:
+        data, prints, zero = self._load(spans)
         size = self._chunk_bytes
-        first, count = span.offset_bytes // size, len(prints)
-        suspect = self._suspect_mask(first, count)
-        same = self._unchanged(first, prints, zero) & ~suspect
+        places = places_of(spans, size)
+        suspect = self._suspect_mask(places)
+        same = self._unchanged(places, prints, zero) & ~suspect
         if same.all():
-            return Outcome(span, None, prints, 0, 0, [])
-        old = self.parent_ids(first, count)
+            return Outcome(spans, None, prints, 0, 0, [])
+        old = self.parent_ids(places)
         ids = old.copy()
         ids[zero] = 0
         open_slots = np.flatnonzero(~same & ~zero).tolist()
@@ -169,18 +194,18 @@ class Reading:
         new = [slot for slot in open_slots if changed[slot] or suspect[slot]]
         records = self._records(plains, ids, old, new)
         more = int(ids.any(axis=1).sum()) - int(old.any(axis=1).sum())
-        return Outcome(span, ids, prints, int(changed.sum()), more, records)
+        return Outcome(spans, ids, prints, int(changed.sum()), more, records)
 
-    def _unchanged(self, first: int, prints: Fingerprints, zero: Mask) -> Mask:
+    def _unchanged(self, places: Places, prints: Fingerprints, zero: Mask) -> Mask:
         """Which chunks are known to be what they were in the parent without a look at their content ids."""
         if not self._trusted:
             return np.zeros(len(prints), dtype=np.bool)
-        known = self._hints.read(first, len(prints))
+        known = self._hints.read(places)
         same: Mask = (prints == known) & (prints != 0)
         quiet = zero & (known == 0)
         # Without a fingerprint: zero in the parent too, or not known.
         if (same | quiet).all() and quiet.any():
-            same |= quiet & ~self.parent_ids(first, len(prints)).any(axis=1)
+            same |= quiet & ~self.parent_ids(places).any(axis=1)
         return same
 
     def _records(self, plains: dict[int, memoryview], ids: Node, old: Node, slots: list[int]) -> list[Record]:
@@ -195,9 +220,10 @@ class Reading:
         ]
         return record.make_many(RecordKind.CHUNK, contents, self._compression, self._objects.domain)
 
-    def _suspect_mask(self, first: int, count: int) -> Mask:
-        mask = np.zeros(count, dtype=np.bool)
+    def _suspect_mask(self, places: Places) -> Mask:
+        mask = np.zeros(len(places), dtype=np.bool)
         size = self._chunk_bytes
-        for start, length in extents.clipped(self._suspect, first * size, (first + count) * size).tolist():
-            mask[start // size - first : -(-(start + length) // size) - first] = True
+        start, stop = int(places[0]) * size, (int(places[-1]) + 1) * size
+        for offset, length in extents.clipped(self._suspect, start, stop).tolist():
+            mask |= (places >= offset // size) & (places < -(-(offset + length) // size))
         return mask
