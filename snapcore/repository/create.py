@@ -338,9 +338,10 @@ class _Job:
         parent, request = self._parent, self._request
         levels = tree.levels_for(self._chunks)
         old = parent.tree if parent else EMPTY
-        changed = self._changed_region()
+        region = self._changed_region()
+        changed = None if region is None else extents.aligned(region, self._chunk_bytes, self._size_bytes)
         trusted = parent is not None and self._hints.snapshot == parent.id and not request.paranoid
-        reading = self._reading(old, trusted=trusted and request.changed is None)
+        reading = self._reading(old, region, trusted=trusted and request.changed is None)
         base = (
             tree.fitted(old, levels, self._node_or_nothing, self._storer.put_node) if parent else Root(ZERO_ID, levels)
         )
@@ -398,8 +399,8 @@ class _Job:
         self._hints.finish(snapshot.id, self._chunks)
         return snapshot
 
-    def _reading(self, old: Root, *, trusted: bool) -> Reading:
-        """What works on a span."""
+    def _reading(self, old: Root, written: Extents | None, *, trusted: bool) -> Reading:
+        """What works on a piece."""
         if isinstance(self._source, RecordSource):
             return self._source.reading(self._objects, old, suspect=self._suspect, compression=self._compression)
         return Reading(
@@ -410,6 +411,7 @@ class _Job:
             trusted=trusted,
             suspect=self._suspect,
             compression=self._compression,
+            written=written,
         )
 
     def _node_or_nothing(self, object_id: bytes) -> Buffer:
@@ -423,7 +425,7 @@ class _Job:
             return bytes(tree.NODE_BYTES)
 
     def _changed_region(self) -> Extents | None:
-        """What may differ from the parent, on chunk borders; None for anything."""
+        """What may differ from the parent; None for anything."""
         changed, parent = self._request.changed, self._parent
         if changed is None or parent is None:
             return None
@@ -431,8 +433,7 @@ class _Job:
             # The chunk at the shorter one's end holds other bytes or ends elsewhere; what lies behind it is new.
             start = min(parent.size_bytes, self._size_bytes) // self._chunk_bytes * self._chunk_bytes
             changed = extents.union(changed, extents.from_pairs([(start, self._size_bytes - start)]))
-        changed = extents.union(changed, self._suspect)
-        return extents.aligned(changed, self._chunk_bytes, self._size_bytes)
+        return extents.union(changed, self._suspect)
 
     def _plan(self, changed: Extents | None) -> tuple[Extents, Iterator[Piece]]:
         """What to read, and the pieces of work in ascending order: spans of data and the holes between them."""

@@ -24,8 +24,8 @@ from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.hints import NoHints
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
-from snapcore.repository.reading import Mask, Outcome, Piece, Reading, Span
-from snapcore.repository.record import Content, Form, Record, RecordKind
+from snapcore.repository.reading import Outcome, Piece, Reading, Span
+from snapcore.repository.record import Content, Form, Mask, Record, RecordKind
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, LoadNode, Node, Root
 

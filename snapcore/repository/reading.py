@@ -4,34 +4,35 @@ Spans that are scattered travel together (`Piece`): what each costs by itself is
 chunks at once. Relies on the hints only where they are `trusted`: then a chunk whose fingerprint is the recorded one counts as
 unchanged; every other chunk is told by its content id. What is `suspect` (the parent's chunk there is damaged) is
 always hashed, and stored again when it is missing.
+
+A patch needs to know which units differ from what it rests on. A map (`MappedSource`) knows what was written since the
+parent, and the parent's own patch what it differs in: then nothing below is read, but of one chunk a piece, as a test.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from snapcore import digest, extents, scan
-from snapcore.errors import DamagedError
+from snapcore.errors import DamagedError, SourceChangedError
 from snapcore.extents import Extents
 from snapcore.parallel import SPAN_BYTES
 from snapcore.repository import record, storer, tree
 from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.hints import Fingerprints, Hints
 from snapcore.repository.objects import Objects
-from snapcore.repository.record import Record, RecordKind
+from snapcore.repository.record import Content, Mask, Record, RecordKind
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, Node, Places, Root
 from snapcore.source import Source
-from snapcore.source.interface import BlockSource
-
-Mask = npt.NDArray[np.bool]
+from snapcore.source.interface import BlockSource, MappedSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,22 @@ def places_of(spans: Piece, chunk_bytes: int) -> Places:
     return np.concatenate(ranges)
 
 
+def _units_of(written: Extents, places: Places, chunk_bytes: int) -> Mask:
+    """Which units of chunks at ascending places lie in extents, if only in part: array of shape (n, units)."""
+    units = chunk_bytes // record.CHUNK_UNIT_BYTES
+    start, stop = int(places[0]) * chunk_bytes, (int(places[-1]) + 1) * chunk_bytes
+    low, high = np.searchsorted(written[:, 0] + written[:, 1], start, "right"), np.searchsorted(written[:, 0], stop)
+    rows = extents.clipped(written[low:high], start, stop)
+    firsts = rows[:, 0] // record.CHUNK_UNIT_BYTES
+    counts = -(-(rows[:, 0] + rows[:, 1]) // record.CHUNK_UNIT_BYTES) - firsts
+    numbers = np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    slots = np.minimum(np.searchsorted(places, numbers // units), len(places) - 1)
+    inside = places[slots] == numbers // units
+    mask = np.zeros((len(places), units), dtype=np.bool)
+    mask[slots[inside], numbers[inside] % units] = True
+    return mask
+
+
 class Reading:
     """The work on one piece; safe on many threads at once."""
 
@@ -92,6 +109,7 @@ class Reading:
         trusted: bool,
         suspect: Extents,
         compression: str,
+        written: Extents | None = None,
     ) -> None:
         self._source = source
         self._blocks = source if isinstance(source, BlockSource) else None
@@ -100,6 +118,9 @@ class Reading:
         self._hints = hints
         self._trusted = trusted
         self._suspect = suspect
+        self._written = None
+        if isinstance(source, MappedSource) and source.map_bytes <= record.CHUNK_UNIT_BYTES:
+            self._written = written
         self._compression = compression
         self._chunk_bytes = objects.chunk_bytes
         self._local = threading.local()
@@ -192,7 +213,8 @@ class Reading:
         ids[open_slots] = np.frombuffer(chunk_ids, dtype=np.uint8).reshape(-1, ID_BYTES)
         changed = (ids != old).any(axis=1)
         new = [slot for slot in open_slots if changed[slot] or suspect[slot]]
-        records = self._records(plains, ids, old, new)
+        masks = None if self._written is None else _units_of(self._written, places, size)
+        records = self._records(plains, ids, old, new, masks)
         more = int(ids.any(axis=1).sum()) - int(old.any(axis=1).sum())
         return Outcome(spans, ids, prints, int(changed.sum()), more, records)
 
@@ -208,17 +230,64 @@ class Reading:
             same |= quiet & ~self.parent_ids(places).any(axis=1)
         return same
 
-    def _records(self, plains: dict[int, memoryview], ids: Node, old: Node, slots: list[int]) -> list[Record]:
+    def _records(
+        self,
+        plains: dict[int, memoryview],
+        ids: Node,
+        old: Node,
+        slots: list[int],
+        masks: Mask | None = None,
+    ) -> list[Record]:
+        """Records of chunks that are nowhere yet, as patches of what stood there where that is shorter.
+
+        With `masks`, of shape (n, units), it is known what of each was written.
+        """
         places = self._objects.index.find_many(ids_of(ids[slots].tobytes()))
         slots = [slot for slot, place in zip(slots, places, strict=True) if place is None]
         were_there = set(tree.used_slots(old).tolist())
         patchable = [slot for slot in slots if slot in were_there]
-        found = self._objects.bases(RecordKind.CHUNK, ids_of(old[patchable].tobytes()))
-        bases = dict(zip(patchable, found, strict=True))
-        contents = [
-            storer.content(RecordKind.CHUNK, ids[slot].tobytes(), plains[slot], bases.get(slot)) for slot in slots
-        ]
+        if masks is None:
+            found = self._objects.bases(RecordKind.CHUNK, ids_of(old[patchable].tobytes()))
+            bases = dict(zip(patchable, found, strict=True))
+            contents = [
+                storer.content(RecordKind.CHUNK, ids[slot].tobytes(), plains[slot], bases.get(slot)) for slot in slots
+            ]
+        else:
+            patches = self._known_patches(plains, old, patchable, masks)
+            contents = [Content(ids[slot].tobytes(), *patches.get(slot, (plains[slot], None))) for slot in slots]
         return record.make_many(RecordKind.CHUNK, contents, self._compression, self._objects.domain)
+
+    def _known_patches(
+        self, plains: dict[int, memoryview], old: Node, slots: list[int], masks: Mask
+    ) -> dict[int, tuple[bytes, bytes]]:
+        """Patches, and what they rest on, where a patch is shorter."""
+        unit_bytes = record.CHUNK_UNIT_BYTES
+        # Of chunks that were written anew for the most part nobody asks what was there.
+        slots = [slot for slot in slots if int(masks[slot].sum()) * 2 <= masks.shape[1]]
+        patches = {}
+        for slot, below in zip(
+            slots, self._objects.resting(RecordKind.CHUNK, ids_of(old[slots].tobytes())), strict=True
+        ):
+            if below is None:
+                continue
+            patch = record.make_masked_patch(plains[slot], below.base_id, masks[slot] | below.mask, unit_bytes)
+            if patch is not None:
+                patches[slot] = patch, below.base_id
+        if slots:
+            self._check_mask(plains, old, random.choice(slots), masks)
+        return patches
+
+    def _check_mask(self, plains: dict[int, memoryview], old: Node, slot: int, masks: Mask) -> None:
+        """Compare one chunk with its parent all the same; a lie is an error."""
+        try:
+            before = self._objects.chunk(old[slot].tobytes())
+        except DamagedError:
+            return
+        if (record.differing_units(plains[slot], before, record.CHUNK_UNIT_BYTES) & ~masks[slot]).any():
+            raise SourceChangedError(
+                f"the list of changes leaves out bytes of {self._source.name} that differ from the parent; take the "
+                "snapshot without a list"
+            )
 
     def _suspect_mask(self, places: Places) -> Mask:
         mask = np.zeros(len(places), dtype=np.bool)
