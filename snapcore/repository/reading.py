@@ -1,7 +1,9 @@
 """The work on spans of a source: read them, find the chunks that differ from the parent's, make their records.
 
 Spans that are scattered travel together (`Piece`): what each costs by itself is a read, all else is done for all their
-chunks at once. Relies on the hints only where they are `trusted`: then a chunk whose fingerprint is the recorded one counts as
+chunks at once.
+
+Relies on the hints only where they are `trusted`: then a chunk whose fingerprint is the recorded one counts as
 unchanged; every other chunk is told by its content id. What is `suspect` (the parent's chunk there is damaged) is
 always hashed, and stored again when it is missing.
 
