@@ -42,7 +42,7 @@ from snapcore.repository.hints import Hints, NoHints
 from snapcore.repository.index import BadPlaces, Index
 from snapcore.repository.manifest import CopiedFrom, Manifest
 from snapcore.repository.objects import Objects
-from snapcore.repository.reading import Outcome, Reading, RecordSource, Span
+from snapcore.repository.reading import Outcome, Piece, Reading, RecordSource, Span, places_of
 from snapcore.repository.session import Session
 from snapcore.repository.storer import PendingReader, Storer
 from snapcore.repository.tree import EMPTY, FANOUT, Root, TreeWriter
@@ -56,6 +56,7 @@ _SUMMARISE_EVERY = 64
 # Of a writer that is taken for dead, of a parent that is deleted.
 _TRIES = 3
 _REGISTRATIONS = 10
+_PIECE_SPANS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,9 +338,10 @@ class _Job:
         parent, request = self._parent, self._request
         levels = tree.levels_for(self._chunks)
         old = parent.tree if parent else EMPTY
-        changed = self._changed_region()
+        region = self._changed_region()
+        changed = None if region is None else extents.aligned(region, self._chunk_bytes, self._size_bytes)
         trusted = parent is not None and self._hints.snapshot == parent.id and not request.paranoid
-        reading = self._reading(old, trusted=trusted and request.changed is None)
+        reading = self._reading(old, region, trusted=trusted and request.changed is None)
         base = (
             tree.fitted(old, levels, self._node_or_nothing, self._storer.put_node) if parent else Root(ZERO_ID, levels)
         )
@@ -348,17 +350,18 @@ class _Job:
             self._hints.begin_new()
         elif trusted:
             self._hints.begin_edit()
-        data, spans = self._plan(changed)
+        data, pieces = self._plan(changed)
         meter = Meter(progress, "read", extents.total_bytes(data))
         totals = _Totals()
         with executor_or_own(executor) as hands:
             if parent is not None and changed is not None and not isinstance(self._source, RecordSource):
                 self._check_unchanged_sample(reading, changed)
-            for outcome in in_order(hands, reading, spans):
-                self._apply(outcome, writer, totals)
-                if not outcome.span.hole:
-                    self.read_bytes += outcome.span.length_bytes
-                    meter.advance(outcome.span.length_bytes)
+            for outcomes in in_order(hands, reading, pieces):
+                for outcome in outcomes:
+                    self._apply(outcome, writer, totals)
+                    read_bytes = sum(span.length_bytes for span in outcome.spans if not span.hole)
+                    self.read_bytes += read_bytes
+                    meter.advance(read_bytes)
         root = writer.finish()
         self._source.check_unchanged()
         self._storer.finish()
@@ -396,8 +399,8 @@ class _Job:
         self._hints.finish(snapshot.id, self._chunks)
         return snapshot
 
-    def _reading(self, old: Root, *, trusted: bool) -> Reading:
-        """What works on a span."""
+    def _reading(self, old: Root, written: Extents | None, *, trusted: bool) -> Reading:
+        """What works on a piece."""
         if isinstance(self._source, RecordSource):
             return self._source.reading(self._objects, old, suspect=self._suspect, compression=self._compression)
         return Reading(
@@ -408,6 +411,7 @@ class _Job:
             trusted=trusted,
             suspect=self._suspect,
             compression=self._compression,
+            written=written,
         )
 
     def _node_or_nothing(self, object_id: bytes) -> Buffer:
@@ -421,7 +425,7 @@ class _Job:
             return bytes(tree.NODE_BYTES)
 
     def _changed_region(self) -> Extents | None:
-        """What may differ from the parent, on chunk borders; None for anything."""
+        """What may differ from the parent; None for anything."""
         changed, parent = self._request.changed, self._parent
         if changed is None or parent is None:
             return None
@@ -429,10 +433,9 @@ class _Job:
             # The chunk at the shorter one's end holds other bytes or ends elsewhere; what lies behind it is new.
             start = min(parent.size_bytes, self._size_bytes) // self._chunk_bytes * self._chunk_bytes
             changed = extents.union(changed, extents.from_pairs([(start, self._size_bytes - start)]))
-        changed = extents.union(changed, self._suspect)
-        return extents.aligned(changed, self._chunk_bytes, self._size_bytes)
+        return extents.union(changed, self._suspect)
 
-    def _plan(self, changed: Extents | None) -> tuple[Extents, Iterator[Span]]:
+    def _plan(self, changed: Extents | None) -> tuple[Extents, Iterator[Piece]]:
         """What to read, and the pieces of work in ascending order: spans of data and the holes between them."""
         size_bytes = self._size_bytes
         region = extents.from_pairs([(0, size_bytes)]) if changed is None else changed
@@ -444,8 +447,8 @@ class _Job:
             rows = [(offset, length, False) for offset, length in data.tolist()]
             rows += [(offset, length, True) for offset, length in holes.tolist()]
             for offset, length, hole in sorted(rows):
-                if hole:
-                    yield Span(offset, length, True)
+                if hole or length <= SPAN_BYTES:
+                    yield Span(offset, length, hole)
                     continue
                 for start, count in extents.spans(extents.from_pairs([(offset, length)]), SPAN_BYTES):
                     yield Span(start, count, False)
@@ -454,19 +457,24 @@ class _Job:
                 if old_end > end:
                     yield Span(end * self._chunk_bytes, (old_end - end) * self._chunk_bytes, True)
 
-        return data, spans()
+        if isinstance(self._source, RecordSource):
+            return data, ((span,) for span in spans())
+        return data, _gathered(spans())
 
     def _apply(self, outcome: Outcome, writer: TreeWriter, totals: _Totals) -> None:
-        first = outcome.span.offset_bytes // self._chunk_bytes
         self._storer.put(outcome.records)
-        if outcome.span.hole:
-            stop = -(-(outcome.span.offset_bytes + outcome.span.length_bytes) // self._chunk_bytes)
+        places = places_of(outcome.spans, self._chunk_bytes) if not outcome.spans[0].hole else None
+        if places is None:
+            (span,) = outcome.spans
+            first = span.offset_bytes // self._chunk_bytes
+            stop = -(-(span.offset_bytes + span.length_bytes) // self._chunk_bytes)
             writer.clear(first, min(stop, FANOUT**writer.levels))
             self._hints.clear(first, stop)
-        elif outcome.ids is not None:
-            writer.replace(first, outcome.ids)
-        if outcome.fingerprints is not None:
-            self._hints.write(first, outcome.fingerprints)
+        else:
+            if outcome.ids is not None:
+                writer.replace(places, outcome.ids)
+            if outcome.fingerprints is not None:
+                self._hints.write(places, outcome.fingerprints)
         totals.changed_chunks += outcome.changed_chunks
         totals.more_chunks += outcome.more_chunks
 
@@ -481,7 +489,7 @@ class _Job:
                 plain = reading.chunks(offset, length)
                 zero = scan.zero_mask(plain, self._chunk_bytes)[0]
                 found = ZERO_ID if zero else self._context.domain.chunk_id(plain)
-                if found != reading.parent_ids(chunk, 1)[0].tobytes():
+                if found != reading.parent_ids(np.array([chunk]))[0].tobytes():
                     raise SourceChangedError(
                         f"the list of changes does not name the {length} bytes at offset {offset} of "
                         f"{self._source.name}, and they differ from the parent; take the snapshot without a list"
@@ -530,6 +538,20 @@ class _Job:
     def close(self) -> None:
         """Let go of everything."""
         self._hints.close()
+
+
+def _gathered(spans: Iterator[Span]) -> Iterator[Piece]:
+    """Spans that are scattered, together: up to SPAN_BYTES of data and `_PIECE_SPANS` spans a piece."""
+    piece: list[Span] = []
+    data_bytes = 0
+    for span in spans:
+        if piece and (data_bytes + span.length_bytes * (not span.hole) > SPAN_BYTES or len(piece) == _PIECE_SPANS):
+            yield tuple(piece)
+            piece, data_bytes = [], 0
+        piece.append(span)
+        data_bytes += span.length_bytes * (not span.hole)
+    if piece:
+        yield tuple(piece)
 
 
 @dataclass(slots=True)

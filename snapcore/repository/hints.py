@@ -15,24 +15,35 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import secrets
 import struct
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import platformdirs
 
 from snapcore.persist import Medium
+from snapcore.repository.tree import Places
 
 _MAGIC = b"SNAPHINT"
 _VERSION = 1
 _HEADER = struct.Struct("<8sII16s16sQQ")
 _UNBOUND = bytes(16)
 _CLEARED_AT_ONCE = 1 << 17
+# Fingerprints with no more than so many between them are read and written together: 4 KiB.
+_GAP = 512
 
 Fingerprints = npt.NDArray[np.uint64]
+
+
+def _near(places: Places) -> Iterator[tuple[int, int]]:
+    """Which of some ascending places lie close to each other: from the first of the pair up to the second."""
+    borders = np.flatnonzero(np.diff(places) > _GAP) + 1
+    return itertools.pairwise([0, *borders.tolist(), len(places)])
 
 
 class Hints:
@@ -78,16 +89,19 @@ class Hints:
             self.snapshot = snapshot.hex()
             self.seed = seed
 
-    def read(self, first: int, count: int) -> Fingerprints:
-        """Fingerprints of the chunks from `first` on; zero where none is known."""
+    def read(self, places: Places) -> Fingerprints:
+        """Fingerprints of the chunks at ascending places; zero where none is known."""
+        return np.concatenate([self._read_near(self._old, places[low:high]) for low, high in _near(places)])
+
+    @staticmethod
+    def _read_near(descriptor: int, places: Places) -> Fingerprints:
+        first, count = int(places[0]), int(places[-1] - places[0]) + 1
         found = np.zeros(count, dtype=np.uint64)
-        try:
-            data = os.pread(self._old, count * 8, _HEADER.size + first * 8)
-        except OSError:
-            return found
-        whole = len(data) // 8
-        found[:whole] = np.frombuffer(data, dtype="<u8", count=whole)
-        return found
+        with contextlib.suppress(OSError):
+            data = os.pread(descriptor, count * 8, _HEADER.size + first * 8)
+            whole = len(data) // 8
+            found[:whole] = np.frombuffer(data, dtype="<u8", count=whole)
+        return found[places - first]
 
     def begin_new(self) -> None:
         """Write all fingerprints anew."""
@@ -108,10 +122,20 @@ class Hints:
         except OSError:
             self._new = -1
 
-    def write(self, first: int, fingerprints: Fingerprints) -> None:
-        """Fingerprints of the chunks from `first` on; a cache that cannot be written is given up."""
+    def write(self, places: Places, fingerprints: Fingerprints) -> None:
+        """Fingerprints of the chunks at ascending places; a cache that cannot be written is given up."""
+        for low, high in _near(places):
+            self._write_near(places[low:high], fingerprints[low:high])
+
+    def _write_near(self, places: Places, fingerprints: Fingerprints) -> None:
         if self._new < 0:
             return
+        first, count = int(places[0]), int(places[-1] - places[0]) + 1
+        if count > len(places):
+            # What lies between them stays: one write of all takes a tenth of the time of one for each.
+            between = self._read_near(self._new, np.arange(first, first + count))
+            between[places - first] = fingerprints
+            fingerprints = between
         try:
             # All of it: what a short write left out would be old fingerprints under a new snapshot's name.
             data = fingerprints.astype("<u8", copy=False).tobytes()
@@ -132,7 +156,8 @@ class Hints:
             self._give_up()
             return
         for start in range(first, end, _CLEARED_AT_ONCE):
-            self.write(start, np.zeros(min(_CLEARED_AT_ONCE, end - start), dtype=np.uint64))
+            stop = min(start + _CLEARED_AT_ONCE, end)
+            self.write(np.arange(start, stop), np.zeros(stop - start, dtype=np.uint64))
 
     def finish(self, snapshot: str, chunks: int) -> None:
         """Bind what was written to a snapshot of so many chunks that is committed."""

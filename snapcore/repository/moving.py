@@ -24,8 +24,8 @@ from snapcore.repository.domain import ID_BYTES
 from snapcore.repository.hints import NoHints
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
-from snapcore.repository.reading import Mask, Outcome, Reading, Span
-from snapcore.repository.record import Content, Form, Record, RecordKind
+from snapcore.repository.reading import Outcome, Piece, Reading, Span
+from snapcore.repository.record import Content, Form, Mask, Record, RecordKind
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, LoadNode, Node, Root
 
@@ -112,15 +112,18 @@ class _Reading(Reading, ABC):
         self._from = source.objects
         self._root = source.snapshot.tree
 
-    def _read(self, span: Span) -> Outcome:
+    def _read(self, spans: Piece) -> Outcome:
+        # Of a list of changes one at a time: a memo goes by where a span begins.
+        (span,) = spans
         size = self._chunk_bytes
         first, count = span.offset_bytes // size, -(-span.length_bytes // size)
         wanted = ids_between(self._root, self._from.node, first, count)
-        work = _Work(span, first, self.parent_ids(first, count), wanted, self._suspect_mask(first, count))
+        places = np.arange(first, first + count)
+        work = _Work(span, first, self.parent_ids(places), wanted, self._suspect_mask(places))
         ids, records = self._moved(work)
         changed = int((ids != work.old).any(axis=1).sum())
         more = int(ids.any(axis=1).sum()) - int(work.old.any(axis=1).sum())
-        return Outcome(span, ids, None, changed, more, records)
+        return Outcome(spans, ids, None, changed, more, records)
 
     @abstractmethod
     def _moved(self, work: _Work) -> tuple[Node, list[Record]]:

@@ -11,13 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
 from snapcore.persist import Buffer
 from snapcore.repository import pack, record
 from snapcore.repository.codec import Codec
 from snapcore.repository.domain import Domain
 from snapcore.repository.index import Index, Place
-from snapcore.repository.record import UNIT_BYTES, Form, Record, RecordKind
+from snapcore.repository.record import UNIT_BYTES, Form, Mask, Record, RecordKind
 from snapcore.repository.table import Ids, ids_of
 from snapcore.repository.tree import NODE_BYTES
 from snapcore.store.interface import Reader
@@ -40,6 +42,13 @@ class Base(NamedTuple):
 
     id: bytes
     plain: Buffer
+
+
+class Resting(NamedTuple):
+    """Id of an object that a patch may rest on, and which units of what rests on it now are other ones."""
+
+    base_id: bytes
+    mask: Mask
 
 
 class Opened(NamedTuple):
@@ -145,6 +154,26 @@ class Objects:
         for number, plain in self._many(kind, base_ids, self.index.find_many_full(base_ids), self._decoded):
             if not isinstance(plain, DamagedError):
                 found[wanted[number]] = Base(base_ids[number].tobytes(), plain)
+        return found
+
+    def resting(self, kind: RecordKind, old_ids: Ids) -> list[Resting | None]:
+        """On what these objects rest, themselves or by a patch, without a look at the object below.
+
+        None where that cannot be told.
+        """
+        found: list[Resting | None] = [None] * len(old_ids)
+        places = self.index.find_many(old_ids)
+        none = np.zeros(self._sizes[kind] // UNIT_BYTES[kind], dtype=np.bool)
+        patches = []
+        for number, place in enumerate(places):
+            if place is not None and place.kind == kind and place.base is None:
+                found[number] = Resting(old_ids[number].tobytes(), none)
+            elif place is not None:
+                patches.append(number)
+        wanted = [places[number] for number in patches]
+        for number, made in self._many(kind, old_ids[patches], wanted, self._as_resting):
+            if not isinstance(made, DamagedError):
+                found[patches[number]] = made
         return found
 
     def chunks(self, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
@@ -301,6 +330,16 @@ class Objects:
         encoded, plain = record.payload_opened(head, payload, self._sizes[kind], where, self.domain)
         self._check(kind, head, plain, where)
         return Opened(plain, (Codec(head.codec), encoded))
+
+    def _as_resting(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Resting:
+        where, head = self._header(kind, object_id, place, raw)
+        size_bytes, unit_bytes = self._sizes[kind], UNIT_BYTES[kind]
+        limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
+        patch = record.payload_plain(head, raw[record.HEADER_BYTES :], limit_bytes, where, self.domain)
+        base_id = record.patch_base(patch, where)
+        if base_id != place.base:
+            raise DamagedError(f"{where}: the patch rests on {base_id.hex()}, and the index names another base")
+        return Resting(base_id, record.patch_mask(patch, size_bytes // unit_bytes, unit_bytes, where))
 
     def _header(
         self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from snapcore import scan
@@ -31,6 +32,8 @@ _CHECKED_BYTES = _HEADER.size
 # What a sealed payload is bound to: the header up to its checksums.
 BOUND_BYTES = 48
 _SEAL_AT = 7
+Mask = npt.NDArray[np.bool]
+
 _PATCH = struct.Struct("<32sII")
 
 
@@ -226,21 +229,25 @@ def patch_limit_bytes(object_bytes: int, unit_bytes: int) -> int:
 
 def make_patch(plain: Buffer, base_id: bytes, base: Buffer, unit_bytes: int) -> bytes | None:
     """The plain form of a patch from `base` to `plain`; None when over half of the units differ."""
-    mask = _differing_units(plain, base, unit_bytes)
-    changed = int(mask.sum())
-    if changed * 2 > len(mask):
+    return make_masked_patch(plain, base_id, differing_units(plain, base, unit_bytes), unit_bytes)
+
+
+def make_masked_patch(plain: Buffer, base_id: bytes, mask: Mask, unit_bytes: int) -> bytes | None:
+    """The same where it is known which units differ at the most."""
+    if int(mask.sum()) * 2 > len(mask):
         return None
     units = np.frombuffer(plain, dtype=np.uint8).reshape(-1, unit_bytes)[mask]
     bits = np.packbits(mask, bitorder="little").tobytes()
     return b"".join((_PATCH.pack(base_id, unit_bytes, len(mask)), bits, units.tobytes()))
 
 
-def _differing_units(plain: Buffer, base: Buffer, unit_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.bool]]:
+def differing_units(plain: Buffer, base: Buffer, unit_bytes: int) -> Mask:
+    """Which units of two objects differ."""
     if unit_bytes >= 512:
         return scan.differing_mask(plain, base, unit_bytes).view(np.bool)
     a = np.frombuffer(plain, dtype=np.uint64).reshape(-1, unit_bytes // 8)
     b = np.frombuffer(base, dtype=np.uint64).reshape(-1, unit_bytes // 8)
-    differs: np.ndarray[tuple[int], np.dtype[np.bool]] = (a != b).any(axis=1)
+    differs: Mask = (a != b).any(axis=1)
     return differs
 
 
@@ -251,9 +258,8 @@ def patch_base(patch: Buffer, where: str) -> bytes:
     return bytes(patch[:ID_BYTES])
 
 
-def apply_patch(patch: Buffer, base: Buffer, unit_bytes: int, where: str) -> bytearray:
-    """The object that a patch makes of its base; every length is checked."""
-    units = len(base) // unit_bytes
+def patch_mask(patch: Buffer, units: int, unit_bytes: int, where: str) -> Mask:
+    """Which units a patch replaces; every length is checked."""
     mask_bytes = (units + 7) // 8
     if len(patch) < _PATCH.size + mask_bytes:
         raise DamagedError(f"{where}: a patch of {len(patch)} bytes for a mask of {mask_bytes}")
@@ -261,12 +267,20 @@ def apply_patch(patch: Buffer, base: Buffer, unit_bytes: int, where: str) -> byt
     if found_unit != unit_bytes or found_units != units:
         raise DamagedError(f"{where}: a patch of {found_units} × {found_unit} bytes for {units} × {unit_bytes}")
     bits = np.frombuffer(patch, dtype=np.uint8, count=mask_bytes, offset=_PATCH.size)
-    mask = np.unpackbits(bits, count=units, bitorder="little").view(np.bool)
+    mask: Mask = np.unpackbits(bits, count=units, bitorder="little").view(np.bool)
     changed = int(mask.sum())
-    start = _PATCH.size + mask_bytes
-    if len(patch) != start + changed * unit_bytes:
+    if len(patch) != _PATCH.size + mask_bytes + changed * unit_bytes:
         raise DamagedError(f"{where}: a patch of {len(patch)} bytes holds no {changed} units of {unit_bytes}")
+    return mask
+
+
+def apply_patch(patch: Buffer, base: Buffer, unit_bytes: int, where: str) -> bytearray:
+    """The object that a patch makes of its base."""
+    units = len(base) // unit_bytes
+    mask = patch_mask(patch, units, unit_bytes, where)
+    changed = int(mask.sum())
     plain = bytearray(base)
     target = np.frombuffer(plain, dtype=np.uint8).reshape(units, unit_bytes)
+    start = len(patch) - changed * unit_bytes
     target[mask] = np.frombuffer(patch, dtype=np.uint8, offset=start).reshape(changed, unit_bytes)
     return plain

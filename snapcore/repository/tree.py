@@ -7,6 +7,7 @@ Places here are chunk numbers. A node is a uint8 array of shape (128, 32).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ FANOUT = 128
 NODE_BYTES = FANOUT * ID_BYTES
 
 Node = npt.NDArray[np.uint8]
+# Numbers of chunks.
+Places = npt.NDArray[np.int64]
 LoadNode = Callable[[bytes], Buffer]
 # (bytes of the node, id of the node that stood in its place) → id
 StoreNode = Callable[[Buffer, bytes], bytes]
@@ -102,18 +105,13 @@ class TreeWriter:
         """Height of the tree, old and new."""
         return self._root.levels
 
-    def replace(self, start: int, ids: Node) -> None:
-        """Chunks from `start` on get these ids: uint8 array of shape (n, 32); zero ids are zero chunks."""
-        done = 0
-        while done < len(ids):
-            place = start + done
-            leaf = self._descend(1, place // FANOUT)
-            slot = place % FANOUT
-            count = min(len(ids) - done, FANOUT - slot)
-            part = ids[done : done + count]
-            if (leaf.node[slot : slot + count] != part).any():
-                self._editable(leaf)[slot : slot + count] = part
-            done += count
+    def replace(self, places: Places, ids: Node) -> None:
+        """Chunks at ascending places get these ids: uint8 array of shape (n, 32); zero ids are zero chunks."""
+        for low, high in by_leaf(places):
+            leaf = self._descend(1, int(places[low]) // FANOUT)
+            slots = places[low:high] % FANOUT
+            if (leaf.node[slots] != ids[low:high]).any():
+                self._editable(leaf)[slots] = ids[low:high]
 
     def clear(self, start: int, stop: int) -> None:
         """Chunks from `start` up to `stop` become zero; costs what is there, not how long the range is."""
@@ -187,6 +185,12 @@ class TreeWriter:
                 above = self._path[lower + 1]
                 assert above is not None
                 self._editable(above)[here.index % FANOUT] = np.frombuffer(new_id, dtype=np.uint8)
+
+
+def by_leaf(places: Places) -> Iterator[tuple[int, int]]:
+    """Which of some ascending places lie below the same leaf: from the first of the pair up to the second."""
+    borders = np.flatnonzero(np.diff(places // FANOUT)) + 1
+    return itertools.pairwise([0, *borders.tolist(), len(places)])
 
 
 def leaf(root: Root, load: LoadNode, place: int) -> Node | None:

@@ -6,6 +6,7 @@ import threading
 import time
 
 from snapcore import extents
+from snapcore.core import BLOCK_BYTES
 from snapcore.errors import CancelledError
 from snapcore.extents import Extents
 from snapcore.pool import Snapshot
@@ -51,6 +52,9 @@ class Delta:
 
     Outside of `changed` it says that data may be everywhere, so whoever reads there finds what is there.
     """
+
+    # What differs between two versions of a pool is known to the block (a `MappedSource`).
+    map_bytes = BLOCK_BYTES
 
     def __init__(self, snapshot: Snapshot, changed: Extents | None, chunk_bytes: int, pace: Pace) -> None:
         self._snapshot = snapshot

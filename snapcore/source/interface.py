@@ -80,3 +80,16 @@ class BlockSource(Source, Protocol):
 
         `target` is as long as the blocks and holds them afterwards. Raises what `read_into` raises.
         """
+
+
+@runtime_checkable
+class MappedSource(Source, Protocol):
+    """A source whose list of changes comes from a map: what is in it was written, and nothing else was.
+
+    Attributes
+    ----------
+    map_bytes : int
+        To how many bytes the map is exact, a power of two.
+    """
+
+    map_bytes: int

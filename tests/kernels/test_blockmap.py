@@ -909,6 +909,7 @@ def test_a_prune_for_which_there_is_no_space_makes_nothing(
         a, tree = build(pages, first)
         b, _ = build(pages, second, a, tree)
         in_the_way(pages, room)
+        room = pages.free_slots
         used = pages.used_slots().tolist()
         with files_no_longer_than(1000):
             pruned = attempt(lambda: pages.prune(a, [b]))

@@ -18,7 +18,7 @@ def written() -> None:
     """A file of 100 fingerprints of the old snapshot."""
     hints = Hints(REPOSITORY, "disk", 4096)
     hints.begin_new()
-    hints.write(0, np.arange(1, 101, dtype=np.uint64))
+    hints.write(np.arange(100), np.arange(1, 101, dtype=np.uint64))
     hints.finish(OLD, 100)
     hints.close()
 
@@ -39,12 +39,12 @@ def test_a_short_write_leaves_no_old_fingerprint(monkeypatch: pytest.MonkeyPatch
         patched.setattr(os, "pwrite", short)
         patched.setattr(os, "pwritev", short_vector)
         hints.begin_edit()
-        hints.write(0, np.arange(1001, 1101, dtype=np.uint64))
+        hints.write(np.arange(100), np.arange(1001, 1101, dtype=np.uint64))
         hints.finish(NEW, 100)
     hints.close()
     again = Hints(REPOSITORY, "disk", 4096)
     assert again.snapshot == NEW
-    assert again.read(0, 100).tolist() == list(range(1001, 1101))
+    assert again.read(np.arange(100)).tolist() == list(range(1001, 1101))
     again.close()
 
 

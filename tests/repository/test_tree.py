@@ -95,7 +95,7 @@ def built(nodes: Nodes, model: Model, levels: int) -> Root:
     """The tree of a model."""
     writer = TreeWriter(Root(ZERO_ID, levels), nodes.load, nodes.store)
     for number in sorted(model):
-        writer.replace(number, as_node([model[number]]))
+        writer.replace(np.array([number]), as_node([model[number]]))
     return writer.finish()
 
 
@@ -144,7 +144,7 @@ def apply_to_tree(nodes: Nodes, root: Root, made: list[Edit]) -> Root:
         if ids is None:
             writer.clear(start, stop)
         else:
-            writer.replace(start, as_node([id_of(value) for value in ids]))
+            writer.replace(np.arange(start, start + len(ids)), as_node([id_of(value) for value in ids]))
     return writer.finish()
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from snapcore import (
     StoreError,
     UsageError,
 )
+from snapcore.extents import Extents
 from snapcore.persist import Buffer
-from snapcore.pool import Disk, Pool
+from snapcore.pool import Disk, Pool, Snapshot
 from snapcore.service import Archives
 from tests.support.tiers import CHUNK, PAGE, archived_bytes, disk, local_bytes, scribble
 
@@ -220,6 +222,60 @@ def test_a_list_of_changes_that_is_untrue_is_found_and_everything_is_read(
         done = archives.archive(repository, web).result()
     assert done.fallback_reason is not None and "everything was read" in done.fallback_reason
     assert archived_bytes(repository, done.archived) == local_bytes(web)
+
+
+def test_patches_come_from_the_map_and_what_they_rest_on_is_not_read(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    repository = Repository.create(store)
+    web = pool.create_disk("web", 300 * CHUNK)
+    web.pwrite(os.urandom(300 * CHUNK), 0)
+    archived(pool, repository, web)
+    asked: list[int] = []
+    get_range = store.get_range
+
+    def counted(name: str, offset_bytes: int, length_bytes: int) -> bytes:
+        if name.startswith("packs/"):
+            asked.append(length_bytes)
+        return get_range(name, offset_bytes, length_bytes)
+
+    for turn in range(3):
+        for chunk in range(turn, 300, 3):
+            web.pwrite(os.urandom(PAGE), chunk * CHUNK + (chunk + turn) % 16 * PAGE)
+        web.pwrite(os.urandom(3 * CHUNK), turn * 40 * CHUNK + 5000)
+        monkeypatch.setattr(store, "get_range", counted)
+        with Archives(pool) as archives:
+            done = archives.archive(repository, web).result()
+        monkeypatch.undo()
+        assert done.fallback_reason is None
+        # Of a piece (at most 64 chunks) one chunk is compared, through a patch two; the rest is nodes and patches.
+        assert sum(length > CHUNK // 2 for length in asked) <= 2 * 3, asked
+        asked.clear()
+        assert done.archived.stored_bytes < 1.3 * (100 * PAGE + 4 * CHUNK)
+        assert archived_bytes(repository, done.archived) == local_bytes(done.local)
+    assert not repository.verify().problems
+
+
+def test_a_map_that_is_untrue_within_a_chunk_is_found_and_everything_is_read(
+    pool: Pool, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = disk(pool, "web")
+    archived(pool, repository, web)
+    for chunk in range(0, 40, 2):
+        web.pwrite(b"told", chunk * CHUNK)
+        web.pwrite(b"not told", chunk * CHUNK + 5 * PAGE)
+    diff_parts = pool.diff_parts
+
+    def untrue(one: Snapshot, other: Snapshot) -> Iterator[Extents]:
+        for rows in diff_parts(one, other):
+            yield rows[rows[:, 0] % CHUNK == 0]
+
+    monkeypatch.setattr(pool, "diff_parts", untrue)
+    with Archives(pool) as archives:
+        done = archives.archive(repository, web).result()
+    assert done.fallback_reason is not None and "leaves out bytes" in done.fallback_reason
+    assert archived_bytes(repository, done.archived) == local_bytes(done.local)
 
 
 def test_archives_of_a_disk_run_in_order_and_ten_may_be_wanted(pool: Pool) -> None:

@@ -7,8 +7,10 @@ The kernel is unpacked, not installed: `.ci/run` puts Debian's linux-image-cloud
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,10 @@ from tests.support.tools import needs
 
 # In the order in which they are loaded; ext4 and what it needs is in the kernel.
 _MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
+# A network card, and the kernel's NBD client.
+NETWORK_MODULES = ("failover", "net_failover", "virtio_net", "nbd")
+# QEMU's own network: the host's loopback is 10.0.2.2 in there.
+NETWORK = ("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=")
 _FIRST_INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs none /dev
 for module in {modules}; do /bin/busybox insmod /$module.ko; done
@@ -47,9 +53,9 @@ class Guest:
     kernel: Path
     initrd: Path
 
-    def boot(self, socket: Path, export: str, *, memory_mib: int = 256) -> str:
+    def boot(self, socket: Path, export: str, *, memory_mib: int = 256, devices: Sequence[str] = ()) -> str:
         """Run a machine on an export until it powers itself off; returns what it printed."""
-        command = self.command(socket, export, memory_mib=memory_mib)
+        command = [*self.command(socket, export, memory_mib=memory_mib), *devices]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
         return done.stdout
@@ -65,8 +71,8 @@ class Guest:
         ]
 
 
-def make_guest(folder: Path) -> Guest:
-    """The initrd for the kernel that is there. Skips the test without tools or kernel."""
+def make_guest(folder: Path, *modules: str) -> Guest:
+    """The initrd, with further modules, for the kernel that is there. Skips the test without tools or kernel."""
     needs("qemu-system-x86_64", "busybox", "mke2fs")
     place = Path(os.environ.get("SNAPCORE_GUEST", "/usr/local/share/snapcore-guest"))
     kernels = sorted(place.glob("boot/vmlinuz-*"))
@@ -74,23 +80,26 @@ def make_guest(folder: Path) -> Guest:
         if os.environ.get("SNAPCORE_REQUIRE_TOOLS"):
             pytest.fail(f"needs a kernel below {place}, and SNAPCORE_REQUIRE_TOOLS is set")
         pytest.skip(f"needs a kernel below {place}")
-    files = {"init": _FIRST_INIT.format(modules=" ".join(_MODULES)).encode(), "bin/busybox": _busybox()}
-    for module in place.glob("lib/modules/*/kernel/drivers/**/virtio*.ko"):
-        if module.stem in _MODULES:
-            files[module.name] = module.read_bytes()
+    names = (*_MODULES, *modules)
+    files = {"init": _FIRST_INIT.format(modules=" ".join(names)).encode(), "bin/busybox": _busybox()}
+    found = {module.stem: module for module in place.glob(f"lib/modules/{kernels[-1].name[8:]}/kernel/**/*.ko")}
+    files |= {f"{name}.ko": found[name].read_bytes() for name in names}
     initrd = folder / "initrd"
     initrd.write_bytes(cpio(["bin", "dev", "root"], files))
     return Guest(kernels[-1], initrd)
 
 
-def make_root(folder: Path, work: str, size_bytes: int) -> Path:
-    """An ext4 image of a root whose init does some work in busybox's shell, and powers off."""
+def make_root(folder: Path, work: str, size_bytes: int, *programs: str) -> Path:
+    """An ext4 image of a root whose init does some work with busybox and programs of the host, and powers off."""
     root = folder / "root"
-    for name in ("bin", "sbin", "dev", "proc", "etc"):
+    for name in ("bin", "sbin", "dev", "proc", "sys", "etc", "mnt"):
         (root / name).mkdir(parents=True)
-    for name, content in (("bin/busybox", _busybox()), ("sbin/init", _INIT.format(work=work).encode())):
-        (root / name).write_bytes(content)
-        (root / name).chmod(0o755)
+    own = {"/bin/busybox": _busybox(), "/sbin/init": _INIT.format(work=work).encode()}
+    for path, content in (own | _with_libraries(programs)).items():
+        target = root / path[1:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        target.chmod(0o755)
     (root / "etc" / "original").write_text("as it was installed\n")
     image = folder / "root.img"
     with image.open("xb") as file:
@@ -140,6 +149,19 @@ def cpio(folders: list[str], files: dict[str, bytes]) -> bytes:
         out += bytes(-len(out) % 4) + data
         out += bytes(-len(out) % 4)
     return bytes(out)
+
+
+def _with_libraries(programs: Iterable[str]) -> dict[str, bytes]:
+    """Programs of the host, in /bin, and the libraries that they are linked with, where they are on the host."""
+    files = {}
+    for name in programs:
+        program = shutil.which(name)
+        assert program is not None
+        files[f"/bin/{name}"] = Path(program).read_bytes()
+        linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+        for path in re.findall(r"(/\S+) \(0x", linked):
+            files[path] = Path(path).read_bytes()
+    return files
 
 
 def _busybox() -> bytes:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from snapcore.pool import Disk, Pool
 from snapcore.server import NbdServer
+from tests.support import fio
 from tests.support.loop import loop_device, mounted
 from tests.support.nbd import SIZE_BYTES, Serve, Served, eventually, nbdsh
 from tests.support.pools import MIB, check_space
@@ -279,57 +279,9 @@ def test_a_throw_away_disk_is_qemus_to_write(serve: Serve, pool: Pool, disk: Dis
 # fio
 
 
-def fio(served: Served, name: str, *options: str) -> None:
-    """Writes and verifies; four jobs, each in its own part."""
-    run(
-        "fio",
-        "--name=verify",
-        "--ioengine=nbd",
-        f"--uri={served.uri(name)}",
-        "--rw=randrw",
-        "--bssplit=512/20:4k/40:12345/10:64k/30",
-        "--bs_unaligned=1",
-        "--norandommap=0",
-        "--verify=crc32c",
-        "--verify_fatal=1",
-        "--verify_backlog=64",
-        "--iodepth=8",
-        "--numjobs=4",
-        "--size=2m",
-        "--offset_increment=2m",
-        "--minimal",
-        "--verify_state_save=0",
-        *options,
-    )
-
-
-def has_fio_nbd() -> bool:
-    """Not every build of fio speaks NBD."""
-    done = subprocess.run(["fio", "--enghelp"], capture_output=True, text=True, check=False)
-    return "nbd" in done.stdout
-
-
 def test_fio_verifies_what_it_wrote(target: tuple[Served, str]) -> None:
-    needs("fio")
-    if not has_fio_nbd():
-        pytest.skip("needs fio with its engine nbd")
     served, name = target
-    fio(served, name, "--loops=2")
-
-
-@pytest.mark.campaign
-def test_fio_verifies_for_minutes_while_snapshots_are_cut(serve: Serve, pool: Pool, disk: Disk) -> None:
-    needs("fio")
-    served = serve()
-    words = [sys.executable, "-P", "-c", "import time; time.sleep(120)"]
-    with subprocess.Popen(words) as clock:
-        while clock.poll() is None:
-            snapshot = disk.snapshot()
-            fio(served, "web", "--loops=4", "--fsync=32")
-            if int(snapshot.id) % 3:
-                snapshot.delete()
-    served.server.stop()
-    check_space(pool)
+    fio.verify(served, name, "--loops=2")
 
 
 # A file system

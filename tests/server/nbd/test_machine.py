@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from snapcore.pool import Disk, Pool, Snapshot
-from tests.support.guest import Guest, make_debian, make_guest, make_root
+from snapcore.pool import Pool, Snapshot
+from tests.support.file_systems import check_file_system, file_in, recovered
+from tests.support.guest import NETWORK, NETWORK_MODULES, Guest, make_debian, make_guest, make_root
 from tests.support.nbd import Serve
 from tests.support.pools import MIB, check_space
+from tests.support.tools import needs
 
 ROOT_BYTES = 32 * MIB
 # Each start is counted; the second one destroys the disk under itself.
@@ -32,6 +33,39 @@ fi
 """
 
 
+# The kernel's own client: a file system is made, filled, trimmed and left; another connection finds what it holds.
+KERNEL_CLIENT = """
+bb=/bin/busybox
+$bb mount -t sysfs none /sys
+$bb ip link set lo up
+$bb ip link set eth0 up
+$bb ip addr add 10.0.2.15/24 dev eth0
+join() {{ /bin/nbd-client -name data -connections 4 10.0.2.2 {port} /dev/nbd0 || echo GUEST: nbd-client failed; }}
+leave() {{ /bin/nbd-client -d /dev/nbd0; while [ -e /sys/block/nbd0/pid ]; do $bb sleep 0.1; done; }}
+join
+/bin/mke2fs -q -F -t ext4 /dev/nbd0 || echo GUEST: mke2fs failed
+$bb mount -t ext4 /dev/nbd0 /mnt
+$bb dd if=/dev/urandom of=/mnt/kept bs=64k count=128 2>/dev/null
+$bb dd if=/dev/urandom of=/mnt/gone bs=64k count=128 2>/dev/null
+for n in 1 2 3 4 5 6 7 8; do $bb dd if=/dev/urandom of=/mnt/synced$n bs=4k count=$n conv=fsync 2>/dev/null; done
+$bb sync
+echo "GUEST: written"
+$bb rm /mnt/gone
+$bb sync
+$bb fstrim /mnt
+(cd /mnt && $bb sha256sum kept synced*) > /etc/written
+$bb umount /mnt
+leave
+join
+$bb mount -t ext4 /dev/nbd0 /mnt
+(cd /mnt && $bb sha256sum kept synced*) > /etc/read
+echo "over and over" > /mnt/again
+$bb umount /mnt
+leave
+$bb cmp /etc/written /etc/read && echo "GUEST: reads what it wrote"
+"""
+
+
 @pytest.fixture
 def guest(tmp_path: Path) -> Guest:
     return make_guest(tmp_path)
@@ -43,32 +77,6 @@ def installed(guest: Guest, pool: Pool, tmp_path: Path) -> Snapshot:
     return pool.import_image("golden", make_root(tmp_path, WORK, ROOT_BYTES)).snapshot("installed")
 
 
-@contextmanager
-def recovered(version: Disk | Snapshot, folder: Path) -> Iterator[Path]:
-    """An image of it in which the journal has done what it has to."""
-    image = folder / f"recovered-{version.id}"
-    version.export(image)
-    subprocess.run(["e2fsck", "-fy", "-E", "journal_only", image], capture_output=True, check=False)
-    try:
-        yield image
-    finally:
-        image.unlink()
-
-
-def check_file_system(snapshot: Snapshot, folder: Path) -> None:
-    """Clean, after its journal has done what it has to."""
-    with recovered(snapshot, folder) as image:
-        done = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def file_in(disk: Disk, path: str, folder: Path) -> str:
-    """A file in the file system of a disk."""
-    with recovered(disk, folder) as image:
-        done = subprocess.run(["debugfs", "-R", f"cat {path}", image], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_back(
     serve: Serve, pool: Pool, guest: Guest, installed: Snapshot, tmp_path: Path
 ) -> None:
@@ -77,7 +85,7 @@ def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_bac
     served = serve()
     said = guest.boot(served.path, "vm")
     assert "as it was installed" in said
-    assert file_in(clone, "/etc/starts", tmp_path) == "x\n"
+    assert file_in(clone, "/etc/starts", tmp_path) == b"x\n"
     # What it wrote is what differs from where the clone came from.
     changed = int(pool.diff(installed, clone)[:, 1].sum())
     assert MIB <= changed < 8 * MIB
@@ -93,6 +101,32 @@ def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_bac
     assert "destroys its root" in guest.boot(again.path, "vm")
     again.server.stop()
     assert installed.pread(ROOT_BYTES, 0) == original
+    check_space(pool)
+
+
+def test_the_kernels_own_client_has_a_file_system_on_a_disk(serve: Serve, pool: Pool, tmp_path: Path) -> None:
+    needs("nbd-client", "e2fsck", "debugfs")
+    guest = make_guest(tmp_path, *NETWORK_MODULES)
+    served = serve(listen=[f"unix:{tmp_path}/socket", "tcp:127.0.0.1:0"])
+    port = served.server.uris[1].rstrip("/").rpartition(":")[2]
+    work = KERNEL_CLIENT.format(port=port)
+    machine = pool.import_image("machine", make_root(tmp_path, work, 2 * ROOT_BYTES, "nbd-client", "mke2fs"))
+    data = pool.create_disk("data", 64 * MIB)
+    said = guest.boot(tmp_path / "socket", "machine", devices=NETWORK)
+    assert "reads what it wrote" in said and "failed" not in said, said
+    clients = [event.client for event in served.events if event.kind == "connected" and event.export == "data"]
+    assert len(clients) == 8
+    served.server.stop()
+    check_file_system(data.snapshot("end"), tmp_path)
+    sums = dict(reversed(line.split()) for line in file_in(machine, "/etc/written", tmp_path).decode().splitlines())
+    assert len(sums) == 9
+    with recovered(data, tmp_path) as image:
+        for name, found in sums.items():
+            words = ["debugfs", "-R", f"cat /{name}", image]
+            content = subprocess.run(words, capture_output=True, check=True).stdout
+            assert hashlib.sha256(content).hexdigest() == found, name
+    # What was deleted was trimmed.
+    assert data.extents().allocated[:, 1].sum() < 16 * MIB
     check_space(pool)
 
 
@@ -117,7 +151,7 @@ def test_ten_clones_of_one_snapshot_are_written_at_once_and_each_is_its_own(
     ended.set()
     cutter.join()
     starts = [file_in(clone, "/etc/starts", tmp_path) for clone in clones]
-    assert [text for text, found in zip(said, starts, strict=True) if found != "x\n"] == []
+    assert [text for text, found in zip(said, starts, strict=True) if found != b"x\n"] == []
     assert installed.pread(ROOT_BYTES, 0) == original
     contents = {clone.pread(ROOT_BYTES, 0) for clone in clones}
     assert len(contents) == 10
@@ -136,7 +170,7 @@ def test_a_whole_debian_boots_from_a_clone_and_again_after_it_was_destroyed(
         clone = pool.create_disk("vm", source=installed)
         served = serve(pool=pool)
         guest.boot(served.path, "vm", memory_mib=512)
-        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n"
+        assert file_in(clone, "/etc/written", tmp_path) == b"systemd was here\n"
         assert 0 < pool.diff(installed, clone)[:, 1].sum() < 128 * MIB
         good = clone.snapshot("good")
         check_file_system(good, tmp_path)
@@ -145,6 +179,6 @@ def test_a_whole_debian_boots_from_a_clone_and_again_after_it_was_destroyed(
         clone.rollback(good)
         again = serve(pool=pool)
         guest.boot(again.path, "vm", memory_mib=512)
-        assert file_in(clone, "/etc/written", tmp_path) == "systemd was here\n" * 2
+        assert file_in(clone, "/etc/written", tmp_path) == b"systemd was here\n" * 2
         again.server.stop()
         check_space(pool)

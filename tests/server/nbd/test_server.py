@@ -523,6 +523,100 @@ def test_a_client_that_breaks_the_protocol_is_cut_off_alone(serve: Serve, disk: 
         assert whole.read(MIB, 4) == disk.pread(4, MIB)
 
 
+def header(kind: int, length: int, *, cookie: int = 7) -> bytes:
+    """A request from offset 0 on."""
+    return struct.pack(">IHHQQI", 0x25609513, 0, kind, cookie, 0, length)
+
+
+@pytest.mark.parametrize(
+    "early",
+    [
+        header(READ, 512) * 8,
+        option(Option.LIST) + option(Option.ABORT),
+        flags() + header(READ, 512) * 8,
+        flags() + flags() * 8,
+        flags() + go("web")[8:] + go("web"),
+    ],
+    ids=["a request before the flags", "options before the flags", "a request as an option", "flags again", "a tail"],
+)
+def test_what_comes_before_its_time_ends_that_session_alone(serve: Serve, disk: Disk, early: bytes) -> None:
+    server = serve()
+    with Peer(server.path) as other, Peer(server.path) as hasty:
+        other.enter("web")
+        hasty.send(early)
+        # The greeting, and no byte of the disk.
+        assert hasty.rest() == GREETING
+        assert other.read(MIB, 4) == disk.pread(4, MIB)
+    eventually(lambda: server.server.connections == 0)
+    assert [event.export for event in server.events if event.kind == "connected"] == ["web"]
+
+
+@pytest.mark.parametrize("late", [option(Option.LIST) * 2, go("web") * 2, flags() + bytes(28)])
+def test_what_belongs_to_the_handshake_ends_a_session_that_is_beyond_it(serve: Serve, disk: Disk, late: bytes) -> None:
+    server = serve()
+    with Peer(server.path) as other, Peer(server.path) as slow:
+        other.enter("web")
+        slow.enter("web")
+        slow.send(late)
+        assert slow.rest() == b""
+        assert other.read(MIB, 4) == disk.pread(4, MIB)
+
+
+def test_a_read_that_is_too_long_is_an_error_and_a_write_the_end(serve: Serve, disk: Disk) -> None:
+    server = serve()
+    with Peer(server.path) as other, Peer(server.path) as greedy:
+        other.enter("web")
+        greedy.enter("web")
+        for length in ((32 << 20) + 1, (1 << 32) - 1):
+            assert greedy.request(READ, 0, length) == errno.EINVAL
+        assert greedy.read(MIB, 4) == disk.pread(4, MIB)
+        greedy.send(header(WRITE, (1 << 32) - 1))
+        assert greedy.rest() == b""
+        assert other.read(MIB, 4) == disk.pread(4, MIB)
+    assert disk.pread(4, 0) == bytes(4)
+
+
+def test_a_client_that_says_no_more_gets_its_answers_and_frees_its_disk(serve: Serve, disk: Disk) -> None:
+    server = serve()
+    with Peer(server.path) as peer:
+        peer.enter("web")
+        peer.send(header(WRITE, 5, cookie=1) + b"first" + header(FLUSH, 0, cookie=2) + header(READ, 5, cookie=3))
+        peer.socket.shutdown(socket.SHUT_WR)
+        found = {}
+        for _ in range(3):
+            magic, error, cookie = struct.unpack(">IIQ", peer.receive(16))
+            assert (magic, error) == (0x67446698, 0)
+            found[cookie] = peer.receive(5) if cookie == 3 else b""
+        assert found == {1: b"", 2: b"", 3: b"first"} and peer.rest() == b""
+        eventually(lambda: server.server.connections == 0)
+    disk.delete()
+
+
+def test_a_machine_that_is_gone_without_a_word_is_noticed_by_the_system(serve: Serve, disk: Disk) -> None:
+    """Half-open connections: the options of the server's own end say that TCP asks now and then."""
+    server = serve(listen=["tcp:127.0.0.1:0"])
+    port = int(server.server.uris[0].split(":")[2][:-1])
+    with Peer(("127.0.0.1", port)) as peer:
+        peer.enter("web")
+        own = peer.socket.getsockname()
+        found = 0
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                end = socket.socket(fileno=os.dup(int(name)))
+            except OSError:
+                continue
+            with end:
+                try:
+                    is_servers = end.getpeername() == own
+                except OSError:
+                    continue
+                if is_servers:
+                    found += 1
+                    assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                    assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+        assert found == 1
+
+
 # The end
 
 

@@ -337,19 +337,48 @@ def test_shared_keys_let_in_who_has_one(serve: Serve, folder: Path, disk: Disk, 
         with pytest.raises(UsageError, match="Python"):
             serve(tls=tls)
         return
-    needs("nbdinfo")
+    needs("nbdinfo", "nbdcopy")
     served = serve(tls=tls, rules=[Rule("alice")])
 
-    def comes_in(name: str, key: str) -> bool:
+    def uri(name: str, key: str) -> str:
         own = folder / f"own-{name}"
         own.write_text(f"{name}:{key}\n")
-        uri = f"nbds+unix://{name}@/web?socket={served.path}&tls-psk-file={own}"
-        return subprocess.run(["nbdinfo", "--size", uri], capture_output=True, check=False).returncode == 0
+        return f"nbds+unix://{name}@/web?socket={served.path}&tls-psk-file={own}"
 
-    assert comes_in("alice", "ab" * 32)
-    assert not comes_in("alice", "ac" * 32)
-    assert not comes_in("bob", "cd" * 32)
-    assert not comes_in("nobody", "ab" * 32)
+    def succeeds(*words: str) -> bool:
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+    alice = uri("alice", "ab" * 32)
+    assert succeeds("nbdcopy", alice, str(folder / "out"))
+    assert (folder / "out").read_bytes() == disk.pread(SIZE_BYTES, 0)
+    (folder / "in").write_bytes(random.Random(3).randbytes(SIZE_BYTES))
+    assert succeeds("nbdcopy", str(folder / "in"), alice)
+    assert disk.pread(SIZE_BYTES, 0) == (folder / "in").read_bytes()
+    assert not succeeds("nbdinfo", "--size", uri("alice", "ac" * 32))
+    assert not succeeds("nbdinfo", "--size", uri("bob", "cd" * 32))
+    assert not succeeds("nbdinfo", "--size", uri("nobody", "ab" * 32))
+
+
+def test_qemu_comes_in_with_a_shared_key(serve: Serve, folder: Path, disk: Disk) -> None:
+    if not hasattr(ssl.SSLContext, "set_psk_server_callback"):
+        pytest.skip("needs Python 3.13")
+    needs("qemu-img")
+    (folder / "keys").write_text(f"qemu:{'ab' * 32}\n")
+    served = serve(tls=Tls(psk_file=str(folder / "keys")), listen=["tcp:localhost:0"])
+    port = served.server.uris[0].rstrip("/").rpartition(":")[2]
+    source = f"driver=nbd,host=localhost,port={port},export=web,tls-creds=tls"
+
+    def convert(key: str) -> subprocess.CompletedProcess[str]:
+        (folder / "own").mkdir(exist_ok=True)
+        (folder / "own" / "keys.psk").write_text(f"qemu:{key}\n")
+        secret = f"tls-creds-psk,id=tls,endpoint=client,username=qemu,dir={folder / 'own'}"
+        words = ["qemu-img", "convert", "--object", secret, "--image-opts", source, "-O", "raw", str(folder / "out")]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    assert convert("ac" * 32).returncode != 0
+    done = convert("ab" * 32)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out").read_bytes() == disk.pread(SIZE_BYTES, 0)
 
 
 def test_a_socket_pair_is_not_left_open(serve: Serve, certificates: Path, tls: Tls, disk: Disk) -> None:
