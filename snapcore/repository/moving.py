@@ -25,7 +25,7 @@ from snapcore.repository.hints import NoHints
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
 from snapcore.repository.reading import Mask, Outcome, Reading, Span
-from snapcore.repository.record import Content, Form, Record, RecordKind
+from snapcore.repository.record import Encoded, Form, Record, RecordKind
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, LoadNode, Node, Root
 
@@ -211,32 +211,38 @@ class Resealing(_Reading):
     def _resealed(self, work: _Work, ids: Node, slots: list[int]) -> list[Record]:
         """Fills in the ids of the slots."""
         self._offer_bases(work, slots)
-        opened = {}
+        chunk_id = self._objects.domain.chunk_id
+        found_ids: dict[int, bytes] = {}
+        encoded: dict[int, Encoded] = {}
+        patches: dict[int, memoryview] = {}
         for number, found in self._from.opened(RecordKind.CHUNK, ids_of(work.wanted[slots].tobytes())):
             if isinstance(found, DamagedError):
                 raise found
-            opened[slots[number]] = found
-        found_ids = b"".join(self._objects.domain.chunk_id(opened[slot].plain) for slot in slots)
-        ids[slots] = np.frombuffer(found_ids, dtype=np.uint8).reshape(-1, ID_BYTES)
+            slot, found_id = slots[number], chunk_id(found.plain)
+            found_ids[slot] = found_id
+            # The plain bytes are let go of at once: memory that is used again is quicker than new one.
+            if found.encoded is None:
+                patches[slot] = memoryview(found.plain)
+            else:
+                encoded[slot] = Encoded(found_id, *found.encoded, len(found.plain), None)
+        joined = b"".join(found_ids[slot] for slot in slots)
+        ids[slots] = np.frombuffer(joined, dtype=np.uint8).reshape(-1, ID_BYTES)
         self._memo.note(work.first, work.wanted[slots], ids[slots])
         changed = (ids != work.old).any(axis=1) | work.suspect
         lacking = self._lacking(ids, [slot for slot in slots if changed[slot]])
-        plains = {slot: memoryview(opened[slot].plain) for slot in lacking if opened[slot].encoded is None}
-        contents, encoded = [], []
-        for slot in lacking:
-            form = opened[slot].encoded
-            if form is not None:
-                contents.append(Content(ids[slot].tobytes(), opened[slot].plain, None))
-                encoded.append(form)
-        records = record.make_encoded(RecordKind.CHUNK, contents, encoded, self._objects.domain)
+        parts = [encoded[slot] for slot in lacking if slot in encoded]
+        records = record.make_encoded(RecordKind.CHUNK, parts, self._objects.domain)
+        plains = {slot: patches[slot] for slot in lacking if slot in patches}
         if plains:
             records += self._records(plains, ids, work.old, list(plains))
         return records
 
     def _offer_bases(self, work: _Work, slots: list[int]) -> None:
         """What patches of the source rest on is over there as a rule: then it need not come from the source again."""
-        places = self._from.index.find_many(ids_of(work.wanted[slots].tobytes()))
         there = set(tree.used_slots(work.old).tolist())
+        if not there:
+            return
+        places = self._from.index.find_many(ids_of(work.wanted[slots].tobytes()))
         resting = {
             slot: place.base
             for slot, place in zip(slots, places, strict=True)

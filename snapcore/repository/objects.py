@@ -31,8 +31,9 @@ _RUN_BYTES = 4 << 20
 _RENEWALS = 3
 
 Result = TypeVar("Result")
-# Makes of (kind, id, place, the record as it is stored) what is wanted.
-Use = Callable[[RecordKind, bytes, Place, memoryview], Result]
+# Makes of (kind, id, place, the record as it is stored, where that is) what is wanted.
+Use = Callable[[RecordKind, bytes, Place, memoryview, str], Result]
+_CODECS = {int(how): how for how in Codec}
 
 
 class Base(NamedTuple):
@@ -242,6 +243,9 @@ class Objects:
         use: Use[Result],
     ) -> Iterator[tuple[int, Result | DamagedError]]:
         data: memoryview | None = None
+        name = pack.name(pack_id, self.domain)
+        # What is kept of a run keeps all of it in memory: only where that is little more.
+        dense = 2 * sum(place.stored for *_, place in wanted) >= stop - start
         # A run that cannot be read is read record by record, so that only what is damaged is missing.
         with contextlib.suppress(DamagedError):
             data = memoryview(self._read(pack_id, start, stop - start))
@@ -252,7 +256,9 @@ class Objects:
                     raw = memoryview(self._read(place.pack, place.offset, place.stored))
                 else:
                     raw = data[offset - start : offset - start + place.stored]
-                found = use(kind, object_id, place, raw)
+                    if not dense:
+                        raw = memoryview(bytes(raw))
+                found = use(kind, object_id, place, raw, f"{name} at {offset}")
             except DamagedError as error:
                 yield number, error
             else:
@@ -260,7 +266,8 @@ class Objects:
 
     def _object(self, kind: RecordKind, object_id: bytes, place: Place) -> Buffer:
         raw = self._read(place.pack, place.offset, place.stored)
-        return self._decoded(kind, object_id, place, memoryview(raw))
+        where = f"{pack.name(place.pack, self.domain)} at {place.offset}"
+        return self._decoded(kind, object_id, place, memoryview(raw), where)
 
     def _read(self, pack_id: bytes, offset_bytes: int, length_bytes: int) -> bytes:
         """Bytes of a pack; a pack that is gone or a medium that fails is damage, a store that fails is not."""
@@ -280,40 +287,39 @@ class Objects:
             self._bases.put(base_id, found)
         return found
 
-    def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Buffer:
-        where, head = self._header(kind, object_id, place, raw)
+    def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> Buffer:
+        head = self._header(kind, object_id, place, raw, where)
         return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
 
-    def _as_stored(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Record:
-        where, head = self._header(kind, object_id, place, raw)
-        payload = bytes(raw[record.HEADER_BYTES :])
+    def _as_stored(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> Record:
+        head = self._header(kind, object_id, place, raw, where)
+        payload = raw[record.HEADER_BYTES :]
         record.check_payload(head, payload, where)
-        if head.codec not in list(Codec):
+        how = _CODECS.get(head.codec)
+        if how is None:
             raise DamagedError(f"{where}: a payload has the unknown codec {head.codec}")
-        header = bytes(raw[: record.HEADER_BYTES])
-        return Record(kind, head.form, head.id, header, payload, Codec(head.codec), head.plain_bytes, place.base)
+        header = raw[: record.HEADER_BYTES]
+        return Record(kind, head.form, head.id, header, payload, how, head.plain_bytes, place.base)
 
-    def _as_opened(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Opened:
-        where, head = self._header(kind, object_id, place, raw)
+    def _as_opened(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> Opened:
+        head = self._header(kind, object_id, place, raw, where)
         payload = raw[record.HEADER_BYTES :]
         if head.form == Form.PATCH:
             return Opened(self.checked(kind, head, payload, where), None)
         encoded, plain = record.payload_opened(head, payload, self._sizes[kind], where, self.domain)
         self._check(kind, head, plain, where)
-        return Opened(plain, (Codec(head.codec), encoded))
+        return Opened(plain, (_CODECS[head.codec], encoded))
 
-    def _header(
-        self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview
-    ) -> tuple[str, record.RecordHeader]:
-        """Where a record lies, for messages, and its header, when it is the one that the index names."""
-        where = f"{pack.name(place.pack, self.domain)} at {place.offset}"
+    @staticmethod
+    def _header(kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> record.RecordHeader:
+        """The header of a record, when it is the one that the index names."""
         head = record.parse_header(raw, where)
         if head.id != object_id or head.kind != kind:
             raise DamagedError(f"{where}: the record of {head.id.hex()} where that of {object_id.hex()} belongs")
         if head.form != place.form:
             # Were a patch taken for a base, patches could rest on patches, and on themselves.
             raise DamagedError(f"{where}: the record of {head.id.hex()} has not the form that the index names")
-        return where, head
+        return head
 
     def checked(self, kind: RecordKind, head: record.RecordHeader, payload: Buffer, where: str) -> Buffer:
         """The object that a record holds, checked against its id.
