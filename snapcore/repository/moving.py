@@ -286,7 +286,9 @@ class NearObjects(Objects):
     """
 
     def __init__(self, objects: Objects, near: Objects) -> None:
-        super().__init__(objects.store, objects.index, objects.domain, objects.chunk_bytes, objects.renew)
+        super().__init__(
+            objects.store, objects.index, objects.domain, objects.chunk_bytes, objects.renew, objects.reach
+        )
         self._near = near
 
     def node(self, object_id: bytes) -> Buffer:
