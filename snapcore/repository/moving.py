@@ -210,12 +210,12 @@ class Resealing(_Reading):
 
     def _resealed(self, work: _Work, ids: Node, slots: list[int]) -> list[Record]:
         """Fills in the ids of the slots."""
-        self._offer_bases(work, slots)
+        near = self._bases_there(work, slots)
         chunk_id = self._objects.domain.chunk_id
         found_ids: dict[int, bytes] = {}
         encoded: dict[int, Encoded] = {}
         patches: dict[int, memoryview] = {}
-        for number, found in self._from.opened(RecordKind.CHUNK, ids_of(work.wanted[slots].tobytes())):
+        for number, found in self._from.opened(RecordKind.CHUNK, ids_of(work.wanted[slots].tobytes()), near):
             if isinstance(found, DamagedError):
                 raise found
             slot, found_id = slots[number], chunk_id(found.plain)
@@ -237,11 +237,11 @@ class Resealing(_Reading):
             records += self._records(plains, ids, work.old, list(plains))
         return records
 
-    def _offer_bases(self, work: _Work, slots: list[int]) -> None:
+    def _bases_there(self, work: _Work, slots: list[int]) -> dict[bytes, Buffer]:
         """What patches of the source rest on is over there as a rule: then it need not come from the source again."""
         there = set(tree.used_slots(work.old).tolist())
         if not there:
-            return
+            return {}
         places = self._from.index.find_many(ids_of(work.wanted[slots].tobytes()))
         resting = {
             slot: place.base
@@ -249,14 +249,16 @@ class Resealing(_Reading):
             if place is not None and place.base is not None and slot in there
         }
         if not resting:
-            return
+            return {}
+        near = {}
         for base_id, found in zip(
             resting.values(),
             self._objects.bases(RecordKind.CHUNK, ids_of(work.old[list(resting)].tobytes())),
             strict=True,
         ):
             if found is not None and self._from.domain.chunk_id(found.plain) == base_id:
-                self._from.offer_base(base_id, found.plain)
+                near[base_id] = found.plain
+        return near
 
 
 class MovedSource(SnapshotSource):

@@ -219,13 +219,18 @@ class Objects:
         found = self._many(kind, ids, self.index.find_many(ids), self._as_stored)
         return self._tried_again(kind, ids, self._as_stored, found)
 
-    def opened(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Opened | DamagedError]]:
-        """(number, what it holds or what is wrong) for every object of `ids`; see `chunks`."""
-        found = self._opened(kind, ids, self.index.find_many(ids))
+    def opened(
+        self, kind: RecordKind, ids: Ids, known: Mapping[bytes, Buffer] = _NO_BASES
+    ) -> Iterator[tuple[int, Opened | DamagedError]]:
+        """(number, what it holds or what is wrong) for every object of `ids`; see `chunks`.
+
+        `known`: bytes that were found elsewhere, by the ids that they match; a patch that rests on them reads no base.
+        """
+        found = self._opened(kind, ids, self.index.find_many(ids), known)
         return self._tried_again(kind, ids, self._as_opened, found)
 
     def _opened(
-        self, kind: RecordKind, ids: Ids, places: list[Place | None]
+        self, kind: RecordKind, ids: Ids, places: list[Place | None], known: Mapping[bytes, Buffer] = _NO_BASES
     ) -> Iterator[tuple[int, Opened | DamagedError]]:
         """(number, what it holds or what is wrong) for every object of `ids`.
 
@@ -238,11 +243,11 @@ class Objects:
                 others.append(number)
                 continue
             patches.append(number)
-            known = self._bases.get(place.base)
-            if known is None:
+            base = known.get(place.base) or self._bases.get(place.base)
+            if base is None:
                 missing_bases[place.base] = None
             else:
-                bases[place.base] = known
+                bases[place.base] = base
         if not patches:
             yield from self._many(kind, ids, places, self._as_opened)
             return
@@ -258,10 +263,6 @@ class Objects:
         use = functools.partial(self._as_opened, bases=bases)
         for number, found in self._many(kind, ids[patches], [places[number] for number in patches], use):
             yield patches[number], found
-
-    def offer_base(self, base_id: bytes, plain: Buffer) -> None:
-        """Bytes that were found elsewhere and match the id: a patch that rests on them need not read them here."""
-        self._bases.put(base_id, plain)
 
     def _tried_again(
         self, kind: RecordKind, ids: Ids, use: Use[Result], results: Iterator[tuple[int, Result | DamagedError]]
