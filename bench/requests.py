@@ -87,7 +87,7 @@ def one_disk(folder: Path, size_mib: int) -> None:
 
 
 def many(folder: Path, snapshots: int) -> None:
-    """A repository with many snapshots: what the next one costs, and a list of all."""
+    """A repository with many snapshots: what the next one costs, a list of all, a deletion and a collection."""
     store = CountingStore(MemoryStore())
     repository = Repository.create(store, chunk_bytes=PAGE)
     image = folder / "small.img"
@@ -107,6 +107,12 @@ def many(folder: Path, snapshots: int) -> None:
     store.reset()
     repository.snapshots()
     row(f"list of {snapshots + 1:,}", 0, store)
+    store.reset()
+    repository.delete(repository.snapshots("disk-1")[0])
+    row(f"find and delete one of {snapshots + 1:,}", 0, store)
+    store.reset()
+    repository.collect()
+    row(f"collect beside {snapshots:,}", 0, store)
 
 
 if __name__ == "__main__":

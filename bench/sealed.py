@@ -1,10 +1,11 @@
 """What a key costs: full snapshots and restores of an image, plain and encrypted, in one run.
 
-    python bench/sealed.py IMAGE [DIR] [--runs 5]
+    python bench/sealed.py IMAGE [DIR] [--runs 5] [--peers]
 
 IMAGE is any disk image (`mke2fs -t ext4 -d /usr/lib IMAGE 4G` makes one of real files). Plain and encrypted ones take
 turns, each snapshot into a repository of its own in DIR, which is made before and removed after; every command is a
-process of its own. Prints medians, and ratios of medians.
+process of its own. Prints medians, and ratios of medians. With --peers, encrypted full snapshots by borg
+(repokey-blake2, LZ4, fixed chunks of 64 KiB) and restic take their turns too.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from contenders import Borg, Contender, Restic
 from measure import Command, run
 
 KINDS = ("plain", "sealed")
@@ -52,13 +54,26 @@ def once(kind: str, image: Path, scratch: Path) -> dict[str, float]:
     }
 
 
+def once_of_peer(peer: Contender, image: Path, scratch: Path) -> float:
+    """Seconds of a full snapshot by another program, into a new repository."""
+    folder = scratch / peer.name
+    peer.start(folder, [image])
+    os.sync()
+    cost, _ = run(peer.snapshot(0))
+    shutil.rmtree(folder)
+    return cost.wall_s
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peers", action="store_true", help="measure borg and restic too")
     chosen = parser.parse_args()
+    peers = [Borg("borg-64k-encrypted", 64 << 10, "repokey-blake2"), Restic()] if chosen.peers else []
+    peers_s: dict[str, list[float]] = {peer.name: [] for peer in peers}
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(dir=chosen.folder) as scratch:
         for number in range(chosen.runs + 1):
@@ -67,10 +82,16 @@ def main() -> None:
                 # The first pair warms caches.
                 if number:
                     found[kind].append(costs)
+            for peer in peers if number else ():
+                peers_s[peer.name].append(once_of_peer(peer, chosen.image.resolve(), Path(scratch)))
     print(f"{'':16} {'plain':>14} {'sealed':>14} {'ratio':>7}")
     for name in found["plain"][0]:
         plain, sealed = (statistics.median(costs[name] for costs in found[kind]) for kind in KINDS)
         print(f"{name:16} {plain:14,.2f} {sealed:14,.2f} {sealed / plain:7.3f}")
+    sealed_s = statistics.median(costs["snapshot_s"] for costs in found["sealed"])
+    for name, seconds in peers_s.items():
+        median_s = statistics.median(seconds)
+        print(f"{name}: full snapshot {median_s:.2f} s; sealed / {name} {sealed_s / median_s:.3f}")
 
 
 if __name__ == "__main__":

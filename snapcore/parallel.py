@@ -28,12 +28,12 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def executor_or_own(executor: Executor | None) -> Iterator[Executor]:
-    """The caller's executor, or one of our own with a thread a core that ends with the block."""
+def executor_or_own(executor: Executor | None, threads: int | None = None) -> Iterator[Executor]:
+    """The caller's executor, or one of our own that ends with the block: with a thread a core, or `threads`."""
     if executor is not None:
         yield executor
         return
-    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="snapcore") as own:
+    with ThreadPoolExecutor(threads or usable_cores(), thread_name_prefix="snapcore") as own:
         yield own
 
 

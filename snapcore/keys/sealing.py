@@ -26,6 +26,7 @@ RECORD_OVERHEAD_BYTES = SALT_BYTES + NUMBER_BYTES + TAG_BYTES
 SEGMENT_BYTES = 16 << 10
 _SEALED_SEGMENT_BYTES = SEGMENT_BYTES + TAG_BYTES
 _NONCE_BYTES = 12
+_NONCE_REST = bytes(_NONCE_BYTES - NUMBER_BYTES)
 _MESSAGES_LIMIT = 1 << 32
 # Of some 600 bytes each: a span of records has one salt, each node its own.
 _CIPHERS_KEPT = 1024
@@ -54,17 +55,19 @@ class Sealing:
         salt = secrets.token_bytes(SALT_BYTES)
         return RecordSealer(salt, _cipher(self._record_key, salt))
 
-    def open_record(self, payload: Buffer, bound: bytes) -> bytes:
+    def open_record(self, payload: Buffer, bound: bytes) -> bytearray:
         """The payload of a record before it was sealed; DamagedError when it or what it is bound to was changed."""
         if len(payload) < RECORD_OVERHEAD_BYTES:
             raise DamagedError(f"a sealed payload of {len(payload)} bytes")
         view = memoryview(payload)
         head = SALT_BYTES + NUMBER_BYTES
-        nonce = bytes(view[SALT_BYTES:head]).ljust(_NONCE_BYTES, b"\0")
+        nonce = bytes(view[SALT_BYTES:head]) + _NONCE_REST
+        plain = bytearray(len(view) - RECORD_OVERHEAD_BYTES)
         try:
-            return self._record_cipher(bytes(view[:SALT_BYTES])).decrypt(nonce, view[head:], bound)
+            self._record_cipher(bytes(view[:SALT_BYTES])).decrypt_into(nonce, view[head:], bound, plain)
         except InvalidTag as error:
             raise DamagedError("it was changed, moved from elsewhere or sealed under another key") from error
+        return plain
 
     def seal_body(self, body: Buffer, bound: bytes) -> bytes:
         """The sealed body of an object; `sealed_body_bytes` says how long it is."""
@@ -113,7 +116,7 @@ class RecordSealer:
         sealed = bytearray(len(payload) + RECORD_OVERHEAD_BYTES)
         sealed[:SALT_BYTES] = self._salt
         sealed[SALT_BYTES:head] = number
-        self._cipher.encrypt_into(number.ljust(_NONCE_BYTES, b"\0"), payload, bound, memoryview(sealed)[head:])
+        self._cipher.encrypt_into(number + _NONCE_REST, payload, bound, memoryview(sealed)[head:])
         return sealed
 
 

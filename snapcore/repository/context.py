@@ -11,7 +11,7 @@ from snapcore.repository import damage, pack
 from snapcore.repository.config import Config
 from snapcore.repository.domain import Domain, Domains
 from snapcore.repository.index import Index
-from snapcore.repository.objects import Objects
+from snapcore.repository.objects import FAR, NEAR, Objects, Reach
 from snapcore.store import Store
 
 
@@ -41,4 +41,11 @@ class Context:
 
     def objects(self) -> Objects:
         """Reads chunks and nodes, also while a collection moves them."""
-        return Objects(self.store, self.index(), self.domain, self.config.chunk_bytes, renew=self.exact_index)
+        return Objects(
+            self.store, self.index(), self.domain, self.config.chunk_bytes, renew=self.exact_index, reach=self.reach
+        )
+
+    @property
+    def reach(self) -> Reach:
+        """How far a read of the store goes."""
+        return FAR if self.store.folder is None else NEAR

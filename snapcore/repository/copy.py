@@ -124,7 +124,12 @@ def copy(
     started = time.monotonic()
     reader = RateReader(way.source.store, way.limit_bytes_per_s)
     objects = Objects(
-        reader, way.source.index(), way.source.domain, way.source.config.chunk_bytes, renew=way.source.index
+        reader,
+        way.source.index(),
+        way.source.domain,
+        way.source.config.chunk_bytes,
+        renew=way.source.index,
+        reach=way.source.reach,
     )
     if way.moves:
         objects = NearObjects(objects, way.target.objects())

@@ -244,7 +244,7 @@ class _Job:
         marked = damage.load(context.store)
         known = self._load(damage.places(marked))
         reader = PendingReader(context.store)
-        self._objects = Objects(reader, known, context.domain, self._chunk_bytes)
+        self._objects = Objects(reader, known, context.domain, self._chunk_bytes, reach=context.reach)
         self._compression = request.compression or context.config.compression
         self._storer = Storer(context.store, known, self._objects, reader, self._compression, place.seen.number)
         if take_up:

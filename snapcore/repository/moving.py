@@ -25,7 +25,7 @@ from snapcore.repository.hints import NoHints
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.objects import Objects
 from snapcore.repository.reading import Outcome, Piece, Reading, Span
-from snapcore.repository.record import Content, Form, Mask, Record, RecordKind
+from snapcore.repository.record import Encoded, Form, Mask, Record, RecordKind
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, LoadNode, Node, Root
 
@@ -213,47 +213,55 @@ class Resealing(_Reading):
 
     def _resealed(self, work: _Work, ids: Node, slots: list[int]) -> list[Record]:
         """Fills in the ids of the slots."""
-        self._offer_bases(work, slots)
-        opened = {}
-        for number, found in self._from.opened(RecordKind.CHUNK, ids_of(work.wanted[slots].tobytes())):
+        near = self._bases_there(work, slots)
+        chunk_id = self._objects.domain.chunk_id
+        found_ids: dict[int, bytes] = {}
+        encoded: dict[int, Encoded] = {}
+        patches: dict[int, memoryview] = {}
+        for number, found in self._from.opened(RecordKind.CHUNK, ids_of(work.wanted[slots].tobytes()), near):
             if isinstance(found, DamagedError):
                 raise found
-            opened[slots[number]] = found
-        found_ids = b"".join(self._objects.domain.chunk_id(opened[slot].plain) for slot in slots)
-        ids[slots] = np.frombuffer(found_ids, dtype=np.uint8).reshape(-1, ID_BYTES)
+            slot, found_id = slots[number], chunk_id(found.plain)
+            found_ids[slot] = found_id
+            # The plain bytes are let go of at once: memory that is used again is quicker than new one.
+            if found.encoded is None:
+                patches[slot] = memoryview(found.plain)
+            else:
+                encoded[slot] = Encoded(found_id, *found.encoded, len(found.plain), None)
+        joined = b"".join(found_ids[slot] for slot in slots)
+        ids[slots] = np.frombuffer(joined, dtype=np.uint8).reshape(-1, ID_BYTES)
         self._memo.note(work.first, work.wanted[slots], ids[slots])
         changed = (ids != work.old).any(axis=1) | work.suspect
         lacking = self._lacking(ids, [slot for slot in slots if changed[slot]])
-        plains = {slot: memoryview(opened[slot].plain) for slot in lacking if opened[slot].encoded is None}
-        contents, encoded = [], []
-        for slot in lacking:
-            form = opened[slot].encoded
-            if form is not None:
-                contents.append(Content(ids[slot].tobytes(), opened[slot].plain, None))
-                encoded.append(form)
-        records = record.make_encoded(RecordKind.CHUNK, contents, encoded, self._objects.domain)
+        parts = [encoded[slot] for slot in lacking if slot in encoded]
+        records = record.make_encoded(RecordKind.CHUNK, parts, self._objects.domain)
+        plains = {slot: patches[slot] for slot in lacking if slot in patches}
         if plains:
             records += self._records(plains, ids, work.old, list(plains))
         return records
 
-    def _offer_bases(self, work: _Work, slots: list[int]) -> None:
+    def _bases_there(self, work: _Work, slots: list[int]) -> dict[bytes, Buffer]:
         """What patches of the source rest on is over there as a rule: then it need not come from the source again."""
-        places = self._from.index.find_many(ids_of(work.wanted[slots].tobytes()))
         there = set(tree.used_slots(work.old).tolist())
+        if not there:
+            return {}
+        places = self._from.index.find_many(ids_of(work.wanted[slots].tobytes()))
         resting = {
             slot: place.base
             for slot, place in zip(slots, places, strict=True)
             if place is not None and place.base is not None and slot in there
         }
         if not resting:
-            return
+            return {}
+        near = {}
         for base_id, found in zip(
             resting.values(),
             self._objects.bases(RecordKind.CHUNK, ids_of(work.old[list(resting)].tobytes())),
             strict=True,
         ):
             if found is not None and self._from.domain.chunk_id(found.plain) == base_id:
-                self._from.offer_base(base_id, found.plain)
+                near[base_id] = found.plain
+        return near
 
 
 class MovedSource(SnapshotSource):
@@ -283,7 +291,9 @@ class NearObjects(Objects):
     """
 
     def __init__(self, objects: Objects, near: Objects) -> None:
-        super().__init__(objects.store, objects.index, objects.domain, objects.chunk_bytes, objects.renew)
+        super().__init__(
+            objects.store, objects.index, objects.domain, objects.chunk_bytes, objects.renew, objects.reach
+        )
         self._near = near
 
     def node(self, object_id: bytes) -> Buffer:

@@ -6,14 +6,17 @@ Nothing that does not match its id is handed out. Safe from many threads.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
+from snapcore.parallel import SPAN_BYTES, usable_cores
 from snapcore.persist import Buffer
 from snapcore.repository import pack, record
 from snapcore.repository.codec import Codec
@@ -26,15 +29,42 @@ from snapcore.store.interface import Reader
 
 _NODES_KEPT = 1024
 _BASES_KEPT_BYTES = 16 << 20
-# Records of one pack that lie this close are read in one go.
+# Records of one pack that lie this close are read in one go in any case.
 _GAP_BYTES = 64 << 10
-_RUN_BYTES = 4 << 20
 # Collections that may end while one object is read.
 _RENEWALS = 3
 
 Result = TypeVar("Result")
-# Makes of (kind, id, place, the record as it is stored) what is wanted.
-Use = Callable[[RecordKind, bytes, Place, memoryview], Result]
+# Makes of (kind, id, place, the record as it is stored, where that is) what is wanted.
+Use = Callable[[RecordKind, bytes, Place, memoryview, str], Result]
+_CODECS = {int(how): how for how in Codec}
+_NO_BASES: Mapping[bytes, Buffer] = MappingProxyType({})
+
+
+class Reach(NamedTuple):
+    """How far a read goes, by what a request costs.
+
+    Attributes
+    ----------
+    gap_bytes : int
+        Records of one pack that lie this close are read in one go, as long as a half of it is wanted.
+    run_bytes : int
+        The longest read.
+    span_bytes : int
+        Of a disk, what is asked for at once.
+    threads : int
+        That ask: as many as there are cores, or more where they wait for the store most of the time.
+    """
+
+    gap_bytes: int
+    run_bytes: int
+    span_bytes: int
+    threads: int
+
+
+# Files of this host; and stores that a request takes milliseconds to.
+NEAR = Reach(_GAP_BYTES, SPAN_BYTES, SPAN_BYTES, usable_cores())
+FAR = Reach(512 << 10, 2 * SPAN_BYTES, 2 * SPAN_BYTES, max(4, min(8, usable_cores())))
 
 
 class Base(NamedTuple):
@@ -71,6 +101,8 @@ class Objects:
     renew : callable, optional
         Loads the index anew when an object is not where it was: a collection may have moved it. Jobs that keep
         collections away need none.
+    reach : Reach
+        Of the store.
     """
 
     def __init__(
@@ -80,11 +112,13 @@ class Objects:
         domain: Domain,
         chunk_bytes: int,
         renew: Callable[[], Index] | None = None,
+        reach: Reach = NEAR,
     ) -> None:
         self.index = index
         self.domain = domain
         self.chunk_bytes = chunk_bytes
         self.store = store
+        self.reach = reach
         self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
         self.renew = renew
         self._renewal = threading.Lock()
@@ -109,6 +143,15 @@ class Objects:
             found = self._found(RecordKind.NODE, object_id)
             self._nodes.put(object_id, found)
         return found
+
+    def expect_nodes(self, ids: Ids) -> None:
+        """Read nodes that will be asked for, in few reads; what cannot be read is told when it is asked for."""
+        unknown = [node_id for node_id in map(bytes, ids.tolist()) if self._nodes.get(node_id) is None]
+        with contextlib.suppress(DamagedError):
+            wanted = ids_of(b"".join(unknown))
+            for number, found in self._opened(RecordKind.NODE, wanted, self.index.find_many(wanted)):
+                if not isinstance(found, DamagedError):
+                    self._nodes.put(unknown[number], found.plain)
 
     def _found(self, kind: RecordKind, object_id: bytes) -> Buffer:
         """The object, by a new index when the present one leads nowhere."""
@@ -185,11 +228,13 @@ class Objects:
             for number in range(len(ids)):
                 yield number, self._chunk_or_error(ids[number].tobytes())
             return
-        for number, plain in self._many(RecordKind.CHUNK, ids, places, self._decoded):
-            if isinstance(plain, DamagedError) and self.renew is not None:
+        for number, found in self._opened(RecordKind.CHUNK, ids, places):
+            if not isinstance(found, DamagedError):
+                yield number, found.plain
+            elif self.renew is not None:
                 yield number, self._chunk_or_error(ids[number].tobytes())
             else:
-                yield number, plain
+                yield number, found
 
     def full(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Buffer | DamagedError]]:
         """(number, bytes or what is wrong) for every object of `ids`, each as it is stored in full; see `chunks`."""
@@ -200,19 +245,59 @@ class Objects:
 
         Their checksums are checked, and no key is used. A patch is a record with a base, which is to be moved too.
         """
-        return self._each(kind, ids, self._as_stored)
+        found = self._many(kind, ids, self.index.find_many(ids), self._as_stored)
+        return self._tried_again(kind, ids, self._as_stored, found)
 
-    def opened(self, kind: RecordKind, ids: Ids) -> Iterator[tuple[int, Opened | DamagedError]]:
-        """(number, what it holds or what is wrong) for every object of `ids`; see `chunks`."""
-        return self._each(kind, ids, self._as_opened)
+    def opened(
+        self, kind: RecordKind, ids: Ids, known: Mapping[bytes, Buffer] = _NO_BASES
+    ) -> Iterator[tuple[int, Opened | DamagedError]]:
+        """(number, what it holds or what is wrong) for every object of `ids`; see `chunks`.
 
-    def offer_base(self, base_id: bytes, plain: Buffer) -> None:
-        """Bytes that were found elsewhere and match the id: a patch that rests on them need not read them here."""
-        self._bases.put(base_id, plain)
+        `known`: bytes that were found elsewhere, by the ids that they match; a patch that rests on them reads no base.
+        """
+        found = self._opened(kind, ids, self.index.find_many(ids), known)
+        return self._tried_again(kind, ids, self._as_opened, found)
 
-    def _each(self, kind: RecordKind, ids: Ids, use: Use[Result]) -> Iterator[tuple[int, Result | DamagedError]]:
-        """What `use` makes of every object of `ids`; each that is not where it was is looked for in a new index."""
-        for number, found in self._many(kind, ids, self.index.find_many(ids), use):
+    def _opened(
+        self, kind: RecordKind, ids: Ids, places: list[Place | None], known: Mapping[bytes, Buffer] = _NO_BASES
+    ) -> Iterator[tuple[int, Opened | DamagedError]]:
+        """(number, what it holds or what is wrong) for every object of `ids`.
+
+        What patches rest on lies among what is stored full, as a rule, and is read with it.
+        """
+        patches, others, bases = [], [], dict[bytes, Buffer]()
+        missing_bases = dict[bytes, None]()
+        for number, place in enumerate(places):
+            if place is None or place.base is None:
+                others.append(number)
+                continue
+            patches.append(number)
+            base = known.get(place.base) or self._bases.get(place.base)
+            if base is None:
+                missing_bases[place.base] = None
+            else:
+                bases[place.base] = base
+        if not patches:
+            yield from self._many(kind, ids, places, self._as_opened)
+            return
+        base_ids = list(missing_bases)
+        joined = ids_of(ids[others].tobytes() + b"".join(base_ids))
+        found_places = self.index.find_many_full(ids_of(b"".join(base_ids)))
+        first = [places[number] for number in others] + found_places
+        for number, found in self._many(kind, joined, first, self._as_opened):
+            if number < len(others):
+                yield others[number], found
+            elif not isinstance(found, DamagedError):
+                bases[base_ids[number - len(others)]] = found.plain
+        use = functools.partial(self._as_opened, bases=bases)
+        for number, found in self._many(kind, ids[patches], [places[number] for number in patches], use):
+            yield patches[number], found
+
+    def _tried_again(
+        self, kind: RecordKind, ids: Ids, use: Use[Result], results: Iterator[tuple[int, Result | DamagedError]]
+    ) -> Iterator[tuple[int, Result | DamagedError]]:
+        """The results; of each object that was not where it should be, what `use` makes of it by a new index."""
+        for number, found in results:
             if isinstance(found, DamagedError) and self.renew is not None:
                 yield number, self._again(kind, ids[number : number + 1], use)
             else:
@@ -250,11 +335,16 @@ class Objects:
         while first < len(wanted):
             pack_id, start, _, place = wanted[first]
             stop = start + place.stored
+            lost = 0
             last = first + 1
             while last < len(wanted):
                 next_pack, offset, _, place = wanted[last]
-                if next_pack != pack_id or offset > stop + _GAP_BYTES or offset + place.stored > start + _RUN_BYTES:
+                gap = max(0, offset - stop)
+                if next_pack != pack_id or offset + place.stored > start + self.reach.run_bytes:
                     break
+                if gap > _GAP_BYTES and (gap > self.reach.gap_bytes or 2 * (lost + gap) > stop - start + gap):
+                    break
+                lost += gap
                 stop = max(stop, offset + place.stored)
                 last += 1
             yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids, use)
@@ -271,6 +361,9 @@ class Objects:
         use: Use[Result],
     ) -> Iterator[tuple[int, Result | DamagedError]]:
         data: memoryview | None = None
+        name = pack.name(pack_id, self.domain)
+        # What is kept of a run keeps all of it in memory: only where that is little more.
+        dense = 2 * sum(place.stored for *_, place in wanted) >= stop - start
         # A run that cannot be read is read record by record, so that only what is damaged is missing.
         with contextlib.suppress(DamagedError):
             data = memoryview(self._read(pack_id, start, stop - start))
@@ -281,7 +374,9 @@ class Objects:
                     raw = memoryview(self._read(place.pack, place.offset, place.stored))
                 else:
                     raw = data[offset - start : offset - start + place.stored]
-                found = use(kind, object_id, place, raw)
+                    if not dense:
+                        raw = memoryview(bytes(raw))
+                found = use(kind, object_id, place, raw, f"{name} at {offset}")
             except DamagedError as error:
                 yield number, error
             else:
@@ -289,7 +384,8 @@ class Objects:
 
     def _object(self, kind: RecordKind, object_id: bytes, place: Place) -> Buffer:
         raw = self._read(place.pack, place.offset, place.stored)
-        return self._decoded(kind, object_id, place, memoryview(raw))
+        where = f"{pack.name(place.pack, self.domain)} at {place.offset}"
+        return self._decoded(kind, object_id, place, memoryview(raw), where)
 
     def _read(self, pack_id: bytes, offset_bytes: int, length_bytes: int) -> bytes:
         """Bytes of a pack; a pack that is gone or a medium that fails is damage, a store that fails is not."""
@@ -309,30 +405,38 @@ class Objects:
             self._bases.put(base_id, found)
         return found
 
-    def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Buffer:
-        where, head = self._header(kind, object_id, place, raw)
-        return self.checked(kind, head, raw[record.HEADER_BYTES :], where)
+    def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> Buffer:
+        return self._as_opened(kind, object_id, place, raw, where).plain
 
-    def _as_stored(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Record:
-        where, head = self._header(kind, object_id, place, raw)
-        payload = bytes(raw[record.HEADER_BYTES :])
+    def _as_stored(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> Record:
+        head = self._header(kind, object_id, place, raw, where)
+        payload = raw[record.HEADER_BYTES :]
         record.check_payload(head, payload, where)
-        if head.codec not in list(Codec):
+        how = _CODECS.get(head.codec)
+        if how is None:
             raise DamagedError(f"{where}: a payload has the unknown codec {head.codec}")
-        header = bytes(raw[: record.HEADER_BYTES])
-        return Record(kind, head.form, head.id, header, payload, Codec(head.codec), head.plain_bytes, place.base)
+        header = raw[: record.HEADER_BYTES]
+        return Record(kind, head.form, head.id, header, payload, how, head.plain_bytes, place.base)
 
-    def _as_opened(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Opened:
-        where, head = self._header(kind, object_id, place, raw)
+    def _as_opened(
+        self,
+        kind: RecordKind,
+        object_id: bytes,
+        place: Place,
+        raw: memoryview,
+        where: str,
+        bases: Mapping[bytes, Buffer] = _NO_BASES,
+    ) -> Opened:
+        head = self._header(kind, object_id, place, raw, where)
         payload = raw[record.HEADER_BYTES :]
         if head.form == Form.PATCH:
-            return Opened(self.checked(kind, head, payload, where), None)
+            return Opened(self.checked(kind, head, payload, where, bases), None)
         encoded, plain = record.payload_opened(head, payload, self._sizes[kind], where, self.domain)
         self._check(kind, head, plain, where)
-        return Opened(plain, (Codec(head.codec), encoded))
+        return Opened(plain, (_CODECS[head.codec], encoded))
 
-    def _as_resting(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Resting:
-        where, head = self._header(kind, object_id, place, raw)
+    def _as_resting(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> Resting:
+        head = self._header(kind, object_id, place, raw, where)
         size_bytes, unit_bytes = self._sizes[kind], UNIT_BYTES[kind]
         limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
         patch = record.payload_plain(head, raw[record.HEADER_BYTES :], limit_bytes, where, self.domain)
@@ -341,21 +445,31 @@ class Objects:
             raise DamagedError(f"{where}: the patch rests on {base_id.hex()}, and the index names another base")
         return Resting(base_id, record.patch_mask(patch, size_bytes // unit_bytes, unit_bytes, where))
 
-    def _header(
-        self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview
-    ) -> tuple[str, record.RecordHeader]:
-        """Where a record lies, for messages, and its header, when it is the one that the index names."""
-        where = f"{pack.name(place.pack, self.domain)} at {place.offset}"
+    @staticmethod
+    def _header(kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> record.RecordHeader:
+        """The header of a record, when it is the one that the index names."""
         head = record.parse_header(raw, where)
         if head.id != object_id or head.kind != kind:
             raise DamagedError(f"{where}: the record of {head.id.hex()} where that of {object_id.hex()} belongs")
         if head.form != place.form:
             # Were a patch taken for a base, patches could rest on patches, and on themselves.
             raise DamagedError(f"{where}: the record of {head.id.hex()} has not the form that the index names")
-        return where, head
+        return head
 
-    def checked(self, kind: RecordKind, head: record.RecordHeader, payload: Buffer, where: str) -> Buffer:
+    def checked(
+        self,
+        kind: RecordKind,
+        head: record.RecordHeader,
+        payload: Buffer,
+        where: str,
+        bases: Mapping[bytes, Buffer] = _NO_BASES,
+    ) -> Buffer:
         """The object that a record holds, checked against its id.
+
+        Parameters
+        ----------
+        bases : mapping of id to bytes
+            Of what patches rest on, what is read and checked already.
 
         Raises
         ------
@@ -368,7 +482,8 @@ class Objects:
         else:
             limit_bytes = record.patch_limit_bytes(size_bytes, unit_bytes)
             patch = record.payload_plain(head, payload, limit_bytes, where, self.domain)
-            base = self._base(kind, record.patch_base(patch, where))
+            base_id = record.patch_base(patch, where)
+            base = bases.get(base_id) or self._base(kind, base_id)
             plain = record.apply_patch(patch, base, unit_bytes, where)
         self._check(kind, head, plain, where)
         return plain

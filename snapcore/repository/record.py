@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -30,7 +29,8 @@ _MAGIC = b"SREC"
 _HEADER = struct.Struct("<4sBBBBII32sQ")
 _CHECKED_BYTES = _HEADER.size
 # What a sealed payload is bound to: the header up to its checksums.
-BOUND_BYTES = 48
+_BOUND = struct.Struct("<4sBBBBII32s")
+BOUND_BYTES = _BOUND.size
 _SEAL_AT = 7
 Mask = npt.NDArray[np.bool]
 
@@ -55,8 +55,12 @@ class Form(IntEnum):
 UNIT_BYTES = {RecordKind.CHUNK: CHUNK_UNIT_BYTES, RecordKind.NODE: NODE_UNIT_BYTES}
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+_KINDS = {int(kind): kind for kind in RecordKind}
+_FORMS = {int(form): form for form in Form}
+
+
+# Tuples, for there is one of each for every chunk that is read or moved.
+class Record(NamedTuple):
     """A record ready to be appended to a pack.
 
     Attributes
@@ -70,7 +74,7 @@ class Record:
     kind: RecordKind
     form: Form
     id: bytes
-    header: bytes
+    header: Buffer
     payload: Buffer
     codec: codec.Codec
     plain_bytes: int
@@ -95,8 +99,7 @@ class Content(NamedTuple):
     base: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class RecordHeader:
+class RecordHeader(NamedTuple):
     """What a checked header says."""
 
     kind: RecordKind
@@ -108,6 +111,22 @@ class RecordHeader:
     checksum: int
     sealed: bool
     bound: bytes
+
+
+class Encoded(NamedTuple):
+    """What a record is made of when its payload is encoded already.
+
+    Attributes
+    ----------
+    plain_bytes : int
+        Length of the payload before it was encoded.
+    """
+
+    id: bytes
+    codec: codec.Codec
+    payload: Buffer
+    plain_bytes: int
+    base: bytes | None
 
 
 def make(
@@ -125,45 +144,37 @@ def make(
 def make_many(kind: RecordKind, contents: Sequence[Content], compression: str, domain: Domain = PLAIN) -> list[Record]:
     """A record of each, sealed where the domain is."""
     encoded = codec.encode_many([content.plain for content in contents], compression)
-    return make_encoded(kind, contents, encoded, domain)
-
-
-def make_encoded(
-    kind: RecordKind, contents: Sequence[Content], encoded: Sequence[tuple[codec.Codec, Buffer]], domain: Domain = PLAIN
-) -> list[Record]:
-    """A record of each, which is encoded already, sealed where the domain is."""
-    if domain.sealing is None:
-        return [_record(kind, content, *form) for content, form in zip(contents, encoded, strict=True)]
-    sealer = domain.sealing.record_sealer()
-    return [
-        _sealed_record(kind, content, *form, sealer, domain.id) for content, form in zip(contents, encoded, strict=True)
+    parts = [
+        Encoded(content.id, *form, len(content.plain), content.base)
+        for content, form in zip(contents, encoded, strict=True)
     ]
+    return make_encoded(kind, parts, domain)
 
 
-def _record(kind: RecordKind, content: Content, how: codec.Codec, payload: Buffer) -> Record:
-    bound = _bound(kind, content, how, False, len(payload))
-    return _finished(kind, content, how, bound, payload)
+def make_encoded(kind: RecordKind, parts: Sequence[Encoded], domain: Domain = PLAIN) -> list[Record]:
+    """A record of each, sealed where the domain is."""
+    if domain.sealing is None:
+        return [_finished(kind, part, _bound(kind, part, False, len(part.payload)), part.payload) for part in parts]
+    sealer = domain.sealing.record_sealer()
+    return [_sealed_record(kind, part, sealer, domain.id) for part in parts]
 
 
-def _sealed_record(
-    kind: RecordKind, content: Content, how: codec.Codec, payload: Buffer, sealer: RecordSealer, domain_id: bytes
-) -> Record:
-    bound = _bound(kind, content, how, True, len(payload) + RECORD_OVERHEAD_BYTES)
-    return _finished(kind, content, how, bound, sealer.seal(payload, bound + domain_id))
+def _sealed_record(kind: RecordKind, part: Encoded, sealer: RecordSealer, domain_id: bytes) -> Record:
+    bound = _bound(kind, part, True, len(part.payload) + RECORD_OVERHEAD_BYTES)
+    return _finished(kind, part, bound, sealer.seal(part.payload, bound + domain_id))
 
 
-def _bound(kind: RecordKind, content: Content, how: codec.Codec, sealed: bool, stored_bytes: int) -> bytes:
+def _bound(kind: RecordKind, part: Encoded, sealed: bool, stored_bytes: int) -> bytes:
     """The header up to its checksums."""
-    form = Form.FULL if content.base is None else Form.PATCH
-    plain_bytes = len(content.plain)
-    return _HEADER.pack(_MAGIC, kind, how, form, sealed, stored_bytes, plain_bytes, content.id, 0)[:BOUND_BYTES]
+    form = Form.FULL if part.base is None else Form.PATCH
+    return _BOUND.pack(_MAGIC, kind, part.codec, form, sealed, stored_bytes, part.plain_bytes, part.id)
 
 
-def _finished(kind: RecordKind, content: Content, how: codec.Codec, bound: bytes, payload: Buffer) -> Record:
+def _finished(kind: RecordKind, part: Encoded, bound: bytes, payload: Buffer) -> Record:
     checked = bound + xxhash.xxh3_64_intdigest(payload).to_bytes(8, "little")
     header = checked + xxhash.xxh3_64_intdigest(checked).to_bytes(8, "little")
-    form = Form.FULL if content.base is None else Form.PATCH
-    return Record(kind, form, content.id, header, payload, how, len(content.plain), content.base)
+    form = Form.FULL if part.base is None else Form.PATCH
+    return Record(kind, form, part.id, header, payload, part.codec, part.plain_bytes, part.base)
 
 
 def parse_header(data: Buffer, where: str) -> RecordHeader:
@@ -181,13 +192,13 @@ def parse_header(data: Buffer, where: str) -> RecordHeader:
     claimed = int.from_bytes(data[_CHECKED_BYTES:HEADER_BYTES], "little")
     if xxhash.xxh3_64_intdigest(data[:_CHECKED_BYTES]) != claimed:
         raise DamagedError(f"{where}: the record's header does not match its checksum")
-    if seal not in (0, 1) or kind not in (1, 2, 3) or form not in (0, 1):
+    if seal not in (0, 1) or kind not in _KINDS or form not in _FORMS:
         raise UnsupportedFormatError(
             f"{where}: a record of kind {kind}, form {form}, seal {seal}; install a newer version"
         )
     bound = bytes(data[:BOUND_BYTES])
     return RecordHeader(
-        RecordKind(kind), Form(form), how, payload_bytes, plain_bytes, record_id, checksum, seal == 1, bound
+        _KINDS[kind], _FORMS[form], how, payload_bytes, plain_bytes, record_id, checksum, seal == 1, bound
     )
 
 

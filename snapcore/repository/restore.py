@@ -88,9 +88,9 @@ def restore(
     work = _Fill(objects, snapshot, target, missing if allow_damaged else None)
     meter = Meter(progress, "restore", snapshot.size_bytes)
     done = 0
-    with executor_or_own(executor) as hands:
+    with executor_or_own(executor, objects.reach.threads) as hands:
         pieces = _pieces(objects, snapshot, target, missing if allow_damaged else None, within)
-        for piece in in_order(hands, work, pieces):
+        for piece in in_order(hands, work, pieces, objects.reach.threads + 2):
             stop = min((piece.first + piece.count) * objects.chunk_bytes, snapshot.size_bytes)
             meter.advance(stop - done)
             done = stop
@@ -116,7 +116,7 @@ def _pieces_of(
     objects: Objects, snapshot: Manifest, filled: Extents, missing: _Missing | None, begin: int, end: int
 ) -> Iterator[_Piece]:
     """Those of the chunks from `begin` up to `end`."""
-    step = max(1, min(FANOUT, SPAN_BYTES // objects.chunk_bytes))
+    step = max(1, min(FANOUT, objects.reach.span_bytes // objects.chunk_bytes))
     at = begin
 
     def lost(first: int, count: int, error: DamagedError) -> None:
@@ -126,7 +126,7 @@ def _pieces_of(
         low, high = max(begin, first), min(end, first + count)
         missing.add(low, high - low)
 
-    for first, leaf in tree.leaves(snapshot.tree, objects.node, begin, end, damaged=lost):
+    for first, leaf in tree.leaves(snapshot.tree, objects.node, begin, end, damaged=lost, expect=objects.expect_nodes):
         yield from _zeros(filled, at, first, objects.chunk_bytes)
         for slot in range(0, FANOUT, step):
             low, high = max(begin, first + slot), min(end, first + slot + step)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from snapcore.errors import DamagedError
 from snapcore.persist import Buffer
 from snapcore.repository.domain import ID_BYTES, ZERO_ID
+from snapcore.repository.table import Ids, ids_of
 
 FANOUT = 128
 NODE_BYTES = FANOUT * ID_BYTES
@@ -212,11 +213,13 @@ def leaves(
     start: int = 0,
     stop: int | None = None,
     damaged: Callable[[int, int, DamagedError], None] | None = None,
+    expect: Callable[[Ids], None] | None = None,
 ) -> Iterator[tuple[int, Node]]:
     """(first chunk, node) of every leaf node that touches the chunks from start to stop, in order.
 
     A node that cannot be read ends the walk with its error; with `damaged` given, that is called with the
-    first chunk below the node, their number and the error, and the walk goes on behind it.
+    first chunk below the node, their number and the error, and the walk goes on behind it. `expect` is told
+    of all leaf nodes below a node before the first of them is loaded.
     """
     end = FANOUT**root.levels if stop is None else stop
     todo = [(0, root.levels, root.id)]
@@ -237,6 +240,8 @@ def leaves(
         width = FANOUT ** (level - 1)
         low = max(0, (start - first) // width)
         slots = used_slots(node[low : max(low, -(-(end - first) // width))]) + low
+        if expect is not None and level == 2:
+            expect(ids_of(node[slots].tobytes()))
         todo += [(first + slot * width, level - 1, node[slot].tobytes()) for slot in slots[::-1].tolist()]
 
 
