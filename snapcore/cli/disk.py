@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snapcore.cli import images, output
+from snapcore.cli import image_files, output
 
 if TYPE_CHECKING:
     from snapcore.pool import Disk
@@ -275,8 +275,8 @@ def extents(name: str, place: str, as_json: bool) -> None:
 @output.pool_option
 @click.option("--name", required=True, help="Of the new disk.")
 @click.option("--size", type=output.Size(), help="If the disk shall be longer than the image.")
-@images.read_format_option
-@images.backing_option
+@image_files.read_format_option
+@image_files.backing_option
 @click.option("--allow-changing", is_flag=True, help="Accept a raw image that is written meanwhile.")
 @output.json_option
 def import_(
@@ -312,8 +312,8 @@ def import_(
 @click.argument("target", type=click.Path())
 @output.pool_option
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
-@images.written_format_option
-@images.packing_option
+@image_files.written_format_option
+@image_files.packing_option
 @output.json_option
 def export(
     name: str,
@@ -328,7 +328,7 @@ def export(
 
     "-" is standard output: for raw, vhd and vmdk.
     """
-    as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
+    as_image = image_files.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     from snapcore.cli import pooled
     from snapcore.pool import Pool
 
@@ -336,9 +336,9 @@ def export(
         wanted = pooled.find(found, name)
         if as_image:
             with output.bar() as progress:
-                written = images.write(wanted, target, written_format, packing, place, progress)
+                written = image_files.write(wanted, target, written_format, packing, place, progress)
             named: dict[str, object] = {"id": wanted.id, "name": wanted.name, "target": target}
-            images.say_written(written, named, "exported", as_json=as_json)
+            image_files.say_written(written, named, "exported", as_json=as_json)
             return
         with output.bar() as progress:
             done = wanted.export(target, in_place=in_place, progress=progress)

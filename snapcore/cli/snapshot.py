@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from snapcore.cli import images, output
+from snapcore.cli import image_files, output
 from snapcore.cli.unlocking import KEY_OPTIONS, Unlocking, chain_options, key_options
 from snapcore.source import formats
 
@@ -40,7 +40,7 @@ def snapshot() -> None:
     type=click.Choice(formats.READ_FORMATS),
     help="Of IMAGE. Default: what its name says; any other name means raw.",
 )
-@images.backing_option
+@image_files.backing_option
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
 @click.option("--name", "label", help="A name to find the snapshot by.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
@@ -106,7 +106,7 @@ def create(
         raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
     found = keys.open(str(repo))
     with (
-        images.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
+        image_files.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
         output.bar() as progress,
     ):
         done = found.snapshot(
