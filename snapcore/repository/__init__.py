@@ -4,6 +4,7 @@ from snapcore.repository.collect import Collected
 from snapcore.repository.copy import Copied
 from snapcore.repository.create import Created
 from snapcore.repository.groups import Group, HookRun, Member
+from snapcore.repository.images import Image, ImageDisk
 from snapcore.repository.keyring import Key, KeyHolder, Keyring
 from snapcore.repository.lineage import NO_KEY, KeyChoice
 from snapcore.repository.manifest import CopiedFrom, Manifest, Snapshot
@@ -23,6 +24,8 @@ __all__ = [
     "Group",
     "Hit",
     "HookRun",
+    "Image",
+    "ImageDisk",
     "Key",
     "KeyChoice",
     "KeyHolder",

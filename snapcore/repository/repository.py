@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,7 +34,9 @@ from snapcore.repository import (
     create,
     difference,
     groups,
+    images,
     lineage,
+    make_image,
     manifest,
     marks,
     rebuild,
@@ -51,6 +53,7 @@ from snapcore.repository.copy_rules import Destination
 from snapcore.repository.create import CHECKED_SHARE, Created, Request
 from snapcore.repository.domain import PLAIN, Domain
 from snapcore.repository.groups import Group
+from snapcore.repository.images import Boot, Image, ImageDisk, Labels
 from snapcore.repository.index import ReplacedError
 from snapcore.repository.keyring import Key, Keyring
 from snapcore.repository.lineage import KeyChoice
@@ -457,11 +460,20 @@ class Repository:
         if not found:
             found = [item for item in self.snapshots() if item.label == snapshot]
         if not found:
+            found = self._held(snapshot)
+        if not found:
             raise NotFoundError(f"{self.url} has no snapshot {snapshot!r}; see `snapcore snapshot list -r {self.url}`")
         if len(found) > 1:
             listed = ", ".join(item.id for item in found[:5])
             raise UsageError(f"{snapshot!r} stands for {len(found)} snapshots: {listed}; give more digits")
         return found[0]
+
+    def _held(self, ref: str) -> list[Manifest]:
+        """What images hold of that id, or that begins so: it has no manifest any more (docs/DESIGN.md, Images)."""
+        if not _ID_PART.fullmatch(ref):
+            return []
+        held = {item.id: item for image in self.images() for item in image.snapshots}
+        return [item for item in held.values() if item.id.startswith(ref)]
 
     def diff(
         self, a: SnapshotLike, b: SnapshotLike, start: int = 0, stop: int | None = None, *, of: Repository | None = None
@@ -541,6 +553,105 @@ class Repository:
     def delete_group(self, group: Group) -> None:
         """The snapshots are no group any more; they stay."""
         self._context.store.delete(groups.PREFIX + group.id)
+
+    def create_image(
+        self,
+        name: str,
+        system: SnapshotLike,
+        data: Mapping[str, SnapshotLike | int] | None = None,
+        *,
+        architecture: str = "x86_64",
+        boot: Boot = "bios",
+        os: str = "",
+        min_size_bytes: int | None = None,
+        tags: dict[str, str] | None = None,
+        checksums: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Image:
+        """Make an image, a template of machines, of snapshots that are here. They cannot be deleted while it is there.
+
+        Parameters
+        ----------
+        name : str
+            2 to 128 printable characters, a letter first.
+        system : snapshot
+            Of the system disk, /dev/xvda.
+        data : mapping of str to snapshot or int, optional
+            By device, /dev/xvdb to /dev/xvdz: a snapshot, up to 16, or the size in bytes of an empty disk.
+        architecture, boot, os : str
+            For who makes machines of it: "x86_64", …; "bios" or "uefi"; any text.
+        min_size_bytes : int, optional
+            Of the system disk; default: the snapshot's size.
+        tags : dict of str, optional
+        checksums : bool
+            Read all of it, and note the SHA-256 of each disk.
+        progress : callable, optional
+            As in `snapshot`, of that reading.
+
+        Raises
+        ------
+        RefusedError
+            The snapshots are under different keys, or one is of a group that is not complete.
+        UsageError, NotFoundError, LockedError, DamagedError, BusyError, FencedError, StoreError
+        """
+        labels = Labels(name=name, architecture=architecture, boot=boot, os=os, tags=tags or {})
+        labels.check()
+        found = self.find(system)
+        disks = [
+            ImageDisk(device=images.SYSTEM, min_size_bytes=min_size_bytes or found.size_bytes, snapshot=found),
+            *(self._image_disk(device, wanted) for device, wanted in (data or {}).items()),
+        ]
+        images.check_disks(disks)
+        if checksums:
+            disks = make_image.with_checksums(disks, self.open_snapshot, progress)
+        return make_image.make(self._of_snapshot(found), labels, disks)
+
+    def _image_disk(self, device: str, wanted: SnapshotLike | int) -> ImageDisk:
+        snapshot = None if isinstance(wanted, int) else self.find(wanted)
+        size_bytes = wanted if isinstance(wanted, int) else self.find(wanted).size_bytes
+        return ImageDisk(device=images.full_device(device), min_size_bytes=size_bytes, snapshot=snapshot)
+
+    def images(self) -> list[Image]:
+        """All images, oldest first, but those under keys that are not unlocked."""
+        try:
+            return images.load(self._context.store, self.keyring.domains, self.chunk_bytes)
+        except DamagedError as error:
+            raise _lost_image(error) from error
+
+    def image(self, ref: Image | str) -> Image:
+        """The image of an id, of the beginning of one or of a name that only one has."""
+        wanted = ref.id if isinstance(ref, Image) else ref
+        try:
+            return images.find(self._context.store, wanted, self.keyring.domains, self.chunk_bytes)
+        except LockedError as error:
+            raise self.keyring.locked(error) from error
+        except DamagedError as error:
+            raise _lost_image(error) from error
+
+    def delete_image(self, image: Image | str) -> str:
+        """Delete an image; its snapshots stay, and can be deleted then. Returns its id.
+
+        One that is damaged is found by its id.
+        """
+        wanted = image.id if isinstance(image, Image) else image
+        ids = images.matching(self._context.store, wanted)
+        with contextlib.suppress(DamagedError):
+            ids = [self.image(wanted).id]
+        if len(ids) != 1:
+            raise NotFoundError(f"{self.url} has {len(ids)} images {wanted!r}")
+        images.delete(self._context.store, ids[0])
+        return ids[0]
+
+    def check_deletable(self, snapshots: Sequence[SnapshotLike]) -> None:
+        """RefusedError when an image holds one of these, which names it."""
+        ids = {item.id if isinstance(item, Manifest) else item for item in snapshots}
+        for image in self.images():
+            for held in image.snapshots:
+                if held.id in ids:
+                    raise RefusedError(
+                        f"the snapshot {held.id} of {held.disk} is in use by the image {image.name}; "
+                        f"`snapcore image delete {image.id} -r {self.url}` removes that"
+                    )
 
     def fill(
         self,
@@ -627,11 +738,15 @@ class Repository:
         """What only these snapshots hold together: the bytes that `delete` and `collect` would free."""
         chosen = [self.find(snapshot) for snapshot in snapshots]
         ids = {snapshot.id for snapshot in chosen}
-        return self._usage(chosen, [snapshot for snapshot in self.snapshots() if snapshot.id not in ids])
+        others = [snapshot for snapshot in self.snapshots() if snapshot.id not in ids]
+        return self._usage(chosen, [*others, *self._in_images()])
 
     def usage(self) -> Usage:
-        """What all snapshots that can be read hold together."""
-        return self._usage(self.snapshots(), [])
+        """What all snapshots and images that can be read hold together."""
+        return self._usage([*self.snapshots(), *self._in_images()], [])
+
+    def _in_images(self) -> list[Manifest]:
+        return [snapshot for image in self.images() for snapshot in image.snapshots]
 
     def _usage(self, chosen: list[Manifest], others: list[Manifest]) -> Usage:
         """What these hold and those do not; chains under different keys share nothing."""
@@ -649,7 +764,7 @@ class Repository:
     def delete(self, snapshot: SnapshotLike) -> str:
         """Delete a snapshot, wherever it stands in its chain; no other one changes. Returns its id.
 
-        `collect` frees the space. One whose manifest is damaged is found by its id.
+        `collect` frees the space. One whose manifest is damaged is found by its id. One that an image holds is refused.
         """
         wanted = snapshot.id if isinstance(snapshot, Manifest) else snapshot
         names = [name for name in manifest.names(self._context.store) if manifest.id_in(name).startswith(wanted)]
@@ -657,6 +772,7 @@ class Repository:
             found = self.find(snapshot)
             names = [manifest.name(self._of_snapshot(found).domain, found.disk, found.sequence, found.id)]
         domain = self._deletable(names[0])
+        self.check_deletable([manifest.id_in(names[0])])
         if domain is None:
             self._context.store.delete(names[0])
         else:
@@ -723,7 +839,7 @@ class Repository:
         )
 
     def _snapshots_of(self, domain: Domain) -> list[Manifest]:
-        return [snapshot for snapshot in self.snapshots() if snapshot.key == domain.key_id]
+        return [item for item in [*self.snapshots(), *self._in_images()] if item.key == domain.key_id]
 
     def verify(
         self,
@@ -782,6 +898,13 @@ def _unique(context: Context, mine: list[Manifest], rest: list[Manifest]) -> Usa
         with contextlib.suppress(ReplacedError):
             return marks.unique(context.objects(), mine, rest)
     return marks.unique(context.objects(), mine, rest)
+
+
+def _lost_image(error: DamagedError) -> DamagedError:
+    return DamagedError(
+        f"{error}: this image is lost. `snapcore image delete ID` removes what is left of it; until then lists and "
+        "collections are refused, and so are deletions of snapshots, which it may hold"
+    )
 
 
 def _changed(changed: Extents | Iterable[tuple[int, int]]) -> Extents:
