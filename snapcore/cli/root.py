@@ -17,6 +17,7 @@ COMMANDS = (
     "diff",
     "disk",
     "group",
+    "image",
     "key",
     "nbd-mount",
     "pool",

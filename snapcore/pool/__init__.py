@@ -7,7 +7,7 @@ from snapcore.pool.check import Checked, check
 from snapcore.pool.compact import Compacted
 from snapcore.pool.disk import Allocation, Disk, Snapshot
 from snapcore.pool.lazy import Hydration
-from snapcore.pool.pool import Pool
+from snapcore.pool.pool import NewDisk, Pool
 from snapcore.pool.transfer import Exported
 from snapcore.pool.usage import PoolUsage, VersionUsage
 
@@ -18,6 +18,7 @@ __all__ = [
     "Disk",
     "Exported",
     "Hydration",
+    "NewDisk",
     "Pool",
     "PoolUsage",
     "Region",

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,9 +41,27 @@ VersionRef = Snapshot | Disk | str | int
 Source = Snapshot | Disk | Region | str | os.PathLike[str]
 
 MAX_GROUP = 128
+MAX_MADE = 1024
 _LOG_BYTES = 8 << 20
 _CACHE_BYTES = 256 << 20
 _DIFF_RUNS = 1 << 16
+
+
+class NewDisk(NamedTuple):
+    """One of several disks that are made at once.
+
+    Attributes
+    ----------
+    name : str
+    size_bytes : int, optional
+        By default that of the source.
+    source : Snapshot or Region, optional
+        What it holds at first; nothing: an empty disk.
+    """
+
+    name: str
+    size_bytes: int | None = None
+    source: Snapshot | Region | None = None
 
 
 class Pool:
@@ -316,6 +335,52 @@ class Pool:
 
         number = self._engine.change(f"making disk {name!r}", prepare)
         return Disk(self, self._engine, number)
+
+    def create_disks(self, wanted: Sequence[NewDisk]) -> list[Disk]:
+        """Make several disks at once, in constant time each: after a crash there are all of them or none.
+
+        Parameters
+        ----------
+        wanted : sequence of NewDisk
+            1 to 1,024. Those that are made from one region share what is fetched.
+
+        Raises
+        ------
+        ExistsError
+            There is a disk of one of the names.
+        UsageError
+            Two of one name, no size, or one smaller than the source.
+        """
+        what = f"making {len(wanted)} disks"
+        self._writable(what)
+        if not 1 <= len(wanted) <= MAX_MADE:
+            raise UsageError(f"{what}: 1 to {MAX_MADE} are made at once")
+        names = Counter(item.name for item in wanted)
+        if len(names) < len(wanted):
+            raise UsageError(f"{what}: two are called {names.most_common(1)[0][0]!r}")
+        with self._reading() as catalog:
+            for item in wanted:
+                changes.check_new_name(catalog, self.path, item.name)
+        regions = {_place(item.source): item.source for item in wanted if isinstance(item.source, Region)}
+        images = {place: self._lazy_image(region, what) for place, region in regions.items()}
+        # Who does not know of images that fill up does not know of this event.
+        self._engine.allow_lazy()
+
+        def prepare(catalog: Catalog) -> changes.Prepared[list[int]]:
+            made: dict[tuple[str, str], Backing] = {}
+            for place, image in images.items():
+                made[place] = image(catalog, 2 * len(wanted) + len(made))
+            found: list[changes.Wanted] = []
+            for name, size_bytes, source in wanted:
+                changes.check_new_name(catalog, self.path, name)
+                if isinstance(source, Region):
+                    found.append((name, size_bytes, made[_place(source)]))
+                else:
+                    found.append((name, size_bytes, None if source is None else self._find(catalog, source)))
+            return changes.make_disks(catalog, found)
+
+        numbers = self._engine.change(what, prepare)
+        return [Disk(self, self._engine, number) for number in numbers]
 
     def _make_lazy(self, name: str, size_bytes: int | None, region: Region) -> Disk:
         what = f"making disk {name!r}"
@@ -746,6 +811,10 @@ class Pool:
         holders += [self._exclusive[disk]] if disk in self._exclusive else []
         if holders:
             raise BusyError(f"{doing}: it is in use by {', '.join(holders)}; disconnect there first")
+
+
+def _place(region: Region) -> tuple[str, str]:
+    return region.repository, region.snapshot
 
 
 def _at(catalog: Catalog, version: Readable) -> int:

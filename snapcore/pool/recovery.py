@@ -224,9 +224,11 @@ def _check_event(event: events.Event, catalog: Catalog) -> None:
     new: list[int] = []
     kinds: list[tuple[int, str]] = []
     match event:
-        case events.MakeDisk():
-            new = [event.disk, event.version, *_new_image(event.backing, catalog)]
-            kinds = [(event.parent, "snapshot")] if event.parent else []
+        case events.MakeDisk() | events.MakeDisks():
+            disks = event.disks if isinstance(event, events.MakeDisks) else [event]
+            images = {image for disk in disks for image in _new_image(disk.backing, catalog)}
+            new = [number for disk in disks for number in (disk.disk, disk.version)] + [*images]
+            kinds = [(disk.parent, "snapshot") for disk in disks if disk.parent]
         case events.Cut():
             new = [version for _, version, _ in event.cuts] + ([event.group] if event.group else [])
         case events.Clone():

@@ -122,6 +122,9 @@ class Versions:
         match event:
             case events.MakeDisk():
                 self._make_disk(event)
+            case events.MakeDisks():
+                for disk in event.disks:
+                    self._make_disk(disk)
             case events.Cut():
                 self._cut(event)
             case events.Clone():

@@ -4,7 +4,7 @@ from snapcore.repository.collect import Collected
 from snapcore.repository.copy import Copied
 from snapcore.repository.create import Created
 from snapcore.repository.groups import Group, HookRun, Member
-from snapcore.repository.images import Image, ImageDisk
+from snapcore.repository.images import Image, ImageDisk, Labels
 from snapcore.repository.keyring import Key, KeyHolder, Keyring
 from snapcore.repository.lineage import NO_KEY, KeyChoice
 from snapcore.repository.manifest import CopiedFrom, Manifest, Snapshot
@@ -30,6 +30,7 @@ __all__ = [
     "KeyChoice",
     "KeyHolder",
     "Keyring",
+    "Labels",
     "LockedSnapshot",
     "Manifest",
     "Member",

@@ -152,7 +152,7 @@ def _remove(repository: Repository, group_id: str) -> None:
 def delete(repository: Repository, ref: str) -> tuple[str, list[str]]:
     """Delete a group and the snapshots in it. Returns its id and theirs.
 
-    Also what is left of one that was never complete, by its whole id.
+    Also what is left of one that was never complete, by its whole id. RefusedError when an image holds one of them.
     """
     try:
         found: Group | None = repository.group(ref)
@@ -160,6 +160,7 @@ def delete(repository: Repository, ref: str) -> tuple[str, list[str]]:
         found = None
     group_id = found.id if found is not None else ref
     gone = members(repository, group_id)
+    repository.check_deletable(gone)
     if found is None and not gone:
         raise NotFoundError(f"{repository.url} has no group {ref!r}, and no snapshot that says that it belongs to one")
     # The object first: a crash leaves snapshots without a group, and doing it again removes them.

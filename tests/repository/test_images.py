@@ -233,33 +233,42 @@ def create(repository: Repository) -> Image:
     return repository.create_image("debian", repository.snapshots()[0])
 
 
+class _Interference:
+    """At the n-th call, another one deletes the snapshot and collects until nothing is left to do."""
+
+    def __init__(self, store: MemoryStore, system: Manifest, at: int, *, looks: bool) -> None:
+        self._store = store
+        self._system = system
+        self._left = at
+        self._looks = looks
+        # Of every second one, a collector with no patience.
+        self._patience_s = 0.0 if at % 2 else float("inf")
+
+    def __call__(self, method: str, name: str) -> None:
+        self._left -= 1
+        if self._left != -1:
+            return
+        other, system = Repository.open(self._store), self._system
+        try:
+            if self._looks:
+                other.delete(system)
+            else:
+                manifest.delete(self._store, manifest.name(PLAIN, "web", system.sequence, system.id), PLAIN)
+        except (RefusedError, NotFoundError):
+            return
+        for _ in range(4):
+            other.collect(patience_s=self._patience_s)
+
+
 @pytest.mark.parametrize("deleter", ["looks", "does not look"])
 def test_whatever_happens_between_two_steps_of_the_making_the_image_is_whole_or_not_there(deleter: str) -> None:
-    """At every call, another one deletes the snapshot and collects until nothing is left to do."""
     outcomes = set()
     for at in range(steps_of(create)):
         store = MemoryStore()
         watched = Watched(store, lambda method, name: None)
         maker = Repository.create(watched, chunk_bytes=CHUNK)
         system = taken(maker, "web", 1)
-        left = at
-
-        def interfere(method: str, name: str, store: MemoryStore = store, system: Manifest = system) -> None:
-            nonlocal left
-            left -= 1
-            if left == -1:
-                other = Repository.open(store)
-                try:
-                    if deleter == "looks":
-                        other.delete(system)
-                    else:
-                        manifest.delete(store, manifest.name(PLAIN, "web", system.sequence, system.id), PLAIN)
-                except (RefusedError, NotFoundError):
-                    return
-                for _ in range(4):
-                    other.collect(patience_s=0.0 if at % 2 else float("inf"))
-
-        watched.hook = interfere
+        watched.hook = _Interference(store, system, at, looks=deleter == "looks")
         try:
             made: Image | None = create(maker)
         except (NotFoundError, FencedError, IndexError):
