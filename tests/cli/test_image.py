@@ -148,7 +148,9 @@ def test_a_qcow2_chain_becomes_an_image_and_qemu_reads_what_comes_out(places: Ru
         asked(run, "image", "export", "debian", f"out.{kind}", "--format", kind, "-r", "repo")
         assert as_qemu_reads(Path(f"out.{kind}"), kind) == expected
     piped = subprocess.run(
-        [sys.executable, "-P", "-m", "snapcore", "image", "export", "debian", "-", "-r", "repo"], check=True, capture_output=True
+        [sys.executable, "-P", "-m", "snapcore", "image", "export", "debian", "-", "-r", "repo"],
+        check=True,
+        capture_output=True,
     )
     assert piped.stdout == expected
     assert json.loads(json.dumps(asked(run, "image", "show", "debian", "-r", "repo")))["name"] == "debian"

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from snapcore import MemoryStore, Repository, open_image
 from snapcore.pool import Disk, Pool, Snapshot
+from snapcore.repository import Labels
+from snapcore.service import image
 from tests.support.guest import Guest, make_debian, make_guest, make_root
 from tests.support.nbd import Serve
 from tests.support.pools import MIB, check_space
@@ -94,6 +97,36 @@ def test_a_machine_boots_from_a_clone_writes_destroys_its_root_and_is_rolled_bac
     again.server.stop()
     assert installed.pread(ROOT_BYTES, 0) == original
     check_space(pool)
+
+
+@pytest.mark.parametrize(
+    ("count", "booting"), [(20, 2), pytest.param(200, 10, marks=pytest.mark.campaign)], ids=["some", "many"]
+)
+def test_machines_of_one_image_boot_at_once_and_fetch_what_they_read(
+    serve: Serve, guest: Guest, folder: Path, tmp_path: Path, count: int, booting: int
+) -> None:
+    repository = Repository.create(MemoryStore())
+    root = make_root(tmp_path, WORK, 8 * ROOT_BYTES)
+    with open_image(root) as source:
+        made = image.take(repository, Labels(name="golden"), source, {"xvdb": MIB})
+    with Pool.create(folder / "machines", regions=lambda region: repository.open_snapshot(region.snapshot)) as pool:
+        names = image.names("vm-###", count)
+        image.launch(pool, repository, made, names)
+        served = serve(pool=pool)
+        with ThreadPoolExecutor(2) as machines:
+            said = [*machines.map(lambda name: guest.boot(served.path, name), names[-booting:])]
+        assert all("as it was installed" in text for text in said)
+        served.server.stop()
+        first, last = pool.open_disk(names[0]), pool.open_disk(names[-1])
+        found = last.hydration()
+        assert found is not None and found.here_bytes < ROOT_BYTES
+        # Nobody booted the first one: it is as the image is.
+        assert first.pread(8 * ROOT_BYTES, 0) == root.read_bytes()
+        cuts = [pool.open_disk(name).snapshot("end") for name in names[-booting:]]
+        for cut in cuts:
+            check_file_system(cut, tmp_path)
+        assert len({hash(cut.pread(8 * ROOT_BYTES, 0)) for cut in cuts}) == booting
+        check_space(pool)
 
 
 @pytest.mark.campaign
