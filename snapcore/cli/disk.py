@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from snapcore.cli import image_files, output
+from snapcore.source import formats
 
 if TYPE_CHECKING:
     from snapcore.pool import Disk
@@ -37,15 +38,23 @@ def _say(facts: dict[str, object], line: str, *, as_json: bool) -> None:
     help="What it holds at first. An image is read from where it stands, and must stay as it is; of a repository's "
     "snapshot is fetched what is read.",
 )
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice([formats.RAW]),
+    help="IMAGE is raw whatever its name and its first bytes say. Others are imported.",
+)
 @output.json_option
-def create(name: str, place: str, size: int | None, source: str | None, as_json: bool) -> None:
+def create(
+    name: str, place: str, size: int | None, source: str | None, image_format: str | None, as_json: bool
+) -> None:
     """Make a disk, in constant time: an empty one, or one that shares all blocks with what it is made from."""
     from snapcore.cli import lazy, pooled
     from snapcore.pool import Pool
 
     with Pool.open(place, regions=lazy.open_region) as found:
         region = None if source is None or os.path.exists(source) else lazy.region_of(source)
-        made = found.create_disk(name, size, source if region is None else region)
+        made = found.create_disk(name, size, source if region is None else region, image_format=image_format)
         _say(pooled.disk_facts(made), f"made disk {made.name} of {output.size(made.size_bytes)}", as_json=as_json)
 
 
@@ -320,7 +329,7 @@ def export(
     target: str,
     place: str,
     in_place: bool,
-    written_format: str,
+    written_format: str | None,
     packing: str | None,
     as_json: bool,
 ) -> None:
@@ -328,6 +337,7 @@ def export(
 
     "-" is standard output: for raw, vhd and vmdk.
     """
+    written_format = image_files.format_of(target, written_format)
     as_image = image_files.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     from snapcore.cli import pooled
     from snapcore.pool import Pool

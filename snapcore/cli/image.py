@@ -268,7 +268,7 @@ def export(
     target: str,
     place: str,
     device: str | None,
-    written_format: str,
+    written_format: str | None,
     packing: str | None,
     keys: Unlocking,
     as_json: bool,
@@ -277,6 +277,7 @@ def export(
 
     "-" is standard output, for one disk as raw, vhd or vmdk. With --json an object a line.
     """
+    written_format = image_files.format_of(target, written_format)
     image_files.check_target(target, written_format, packing, in_place=False, as_json=as_json)
     from snapcore.service import image as images
 

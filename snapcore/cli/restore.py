@@ -27,7 +27,7 @@ def restore(
     pool: str | None,
     in_place: bool,
     allow_damaged: bool,
-    written_format: str,
+    written_format: str | None,
     packing: str | None,
     as_json: bool,
 ) -> None:
@@ -37,12 +37,13 @@ def restore(
     existing one.
     """
     if pool is not None:
-        if allow_damaged or written_format != "raw" or packing is not None:
+        if allow_damaged or written_format is not None or packing is not None:
             raise click.UsageError("--allow-damaged and the options of formats are for images, not for disks of a pool")
         from snapcore.cli import archiving
 
         archiving.restore(pool, keys.open(place), snapshot, target, in_place=in_place, as_json=as_json)
         return
+    written_format = image_files.format_of(target, written_format)
     as_image = image_files.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     if as_image and allow_damaged:
         raise click.UsageError("--allow-damaged is for raw images in files and devices")

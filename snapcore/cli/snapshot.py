@@ -104,9 +104,11 @@ def create(
         raise click.UsageError("--rate and --keep-local are for disks of a pool that are archived")
     if disk is None:
         raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
+    from snapcore.source import open_as_named
+
     found = keys.open(str(repo))
     with (
-        image_files.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
+        open_as_named(image, read_format, backing_folders=backing_folders, allow_changing=allow_changing) as source,
         output.bar() as progress,
     ):
         done = found.snapshot(

@@ -36,6 +36,8 @@ from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
 from snapcore.progress import ProgressCallback
 from snapcore.source import interface as images
+from snapcore.source.formats import RAW
+from snapcore.source.image import check_raw
 
 VersionRef = Snapshot | Disk | str | int
 Source = Snapshot | Disk | Region | str | os.PathLike[str]
@@ -296,7 +298,14 @@ class Pool:
 
     # Making
 
-    def create_disk(self, name: str, size_bytes: int | None = None, source: Source | None = None) -> Disk:
+    def create_disk(
+        self,
+        name: str,
+        size_bytes: int | None = None,
+        source: Source | None = None,
+        *,
+        image_format: str | None = None,
+    ) -> Disk:
         """Make a disk, in constant time.
 
         Parameters
@@ -310,16 +319,24 @@ class Pool:
             str with the path of a raw image: the disk reads from the image what it has not got itself, so the image
             must stay where and as it is; `import_image` copies instead. A `Region`: what a snapshot in a
             repository holds; it can be used at once, and what is read first is fetched first.
+        image_format : str, optional
+            "raw": the image is raw whatever its name and its first bytes say.
 
         Raises
         ------
         ExistsError
             There is a disk of that name.
+        RefusedError
+            The image is of another format than raw, by its name or its first bytes.
         UsageError
             No size, or one smaller than the source.
         """
         self._writable(f"making disk {name!r}")
+        if image_format not in (None, RAW):
+            raise UsageError(f"only raw images can be under a disk, not {image_format}; import it instead")
         found = self._source(source)
+        if isinstance(found, str) and image_format is None:
+            check_raw(found)
         if isinstance(found, Disk):
             return self._clone(found, name, size_bytes)
         if isinstance(found, Region):

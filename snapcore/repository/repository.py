@@ -64,7 +64,7 @@ from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
 from snapcore.repository.share import Share, Whole
 from snapcore.repository.verify import Verified
-from snapcore.source import Source, Target, open_source, open_target
+from snapcore.source import Source, Target, open_as_named, open_target
 from snapcore.store import Store, open_store, with_cache
 
 SnapshotLike = Manifest | str
@@ -214,6 +214,8 @@ class Repository:
         Parameters
         ----------
         source : path or Source
+            A path that ends in .qcow2, .vhd, .vhdx or .vmdk is an image of that format, any other one a raw image or a
+            device; `open_image` opens what has a backing file or another name.
         disk : str
             Name of the disk: its snapshots make a chain.
         parent : snapshot, optional
@@ -286,7 +288,7 @@ class Repository:
         )
         with ExitStack() as stack:
             if isinstance(source, (str, os.PathLike)):
-                opened: Source = stack.enter_context(open_source(os.fspath(source), allow_changing=allow_changing))
+                opened: Source = stack.enter_context(open_as_named(source, allow_changing=allow_changing))
             else:
                 opened = source
             if opened.size_bytes > manifest.SIZE_LIMIT_BYTES:
