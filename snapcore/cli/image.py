@@ -280,6 +280,7 @@ def export(
     written_format = image_files.format_of(target, written_format)
     image_files.check_target(target, written_format, packing, in_place=False, as_json=as_json)
     from snapcore.service import image as images
+    from snapcore.service.files import write_all
 
     repository = keys.open(place)
     found = repository.image(ref)
@@ -288,20 +289,23 @@ def export(
         chosen = found.disk(device)
         if chosen.snapshot is None:
             raise click.UsageError(f"{chosen.device} of image {found.name} is an empty disk")
-        wanted = [(chosen, target)]
+        wanted = [(chosen, chosen.snapshot, target)]
     if target == image_files.PIPE:
         if len(wanted) > 1:
             raise click.UsageError("standard output takes one disk; name it with --device")
-        snapshot = wanted[0][0].snapshot
-        assert snapshot is not None
-        with repository.open_snapshot(snapshot) as reader, output.bar() as progress:
+        with repository.open_snapshot(wanted[0][1]) as reader, output.bar() as progress:
             image_files.write(reader, target, written_format, packing, place, progress)
         return
     with output.bar() as progress:
-        written = images.export(
-            repository, wanted, written_format, compression=packing, forbidden_folder=place, progress=progress
+        written = write_all(
+            repository,
+            [(snapshot, path) for _, snapshot, path in wanted],
+            written_format,
+            compression=packing,
+            forbidden_folder=place,
+            progress=progress,
         )
-    for (disk, path), done in zip(wanted, written, strict=True):
+    for (disk, _, path), done in zip(wanted, written, strict=True):
         facts: dict[str, object] = {"image": found.id, "device": disk.device, "target": path}
         image_files.say_written(done, facts, "exported", as_json=as_json)
 

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from snapcore.errors import Error, ExistsError, NotFoundError, RefusedError, UsageError
+from snapcore.errors import Error, NotFoundError, RefusedError, UsageError
 from snapcore.pool import Disk, NewDisk, Pool, Region
 from snapcore.pool import Snapshot as LocalSnapshot
 from snapcore.progress import ProgressCallback
 from snapcore.repository import Image, ImageDisk, KeyChoice, Labels, Manifest, Repository
 from snapcore.repository.images import SYSTEM, full_device
 from snapcore.service.archives import Archives
-from snapcore.source import Source, Written, write_image
+from snapcore.source import Source
 
 Thing = TypeVar("Thing")
 _NUMBER = re.compile(r"#+")
@@ -175,58 +175,18 @@ def delete(repository: Repository, ref: str, *, with_snapshots: bool = False) ->
     return image.id, gone
 
 
-def targets(image: Image, target: str) -> list[tuple[ImageDisk, str]]:
-    """The files that an image is exported to: `target`, and beside it one with the device for each data disk."""
+def targets(image: Image, target: str) -> list[tuple[ImageDisk, Manifest, str]]:
+    """What is exported: the system disk to `target`, and beside it each data disk, with its device in the name."""
     stem, ending = os.path.splitext(target)
     return [
-        (disk, target if disk.device == SYSTEM else f"{stem}-{os.path.basename(disk.device)}{ending}")
+        (
+            disk,
+            disk.snapshot,
+            target if disk.device == SYSTEM else f"{stem}-{os.path.basename(disk.device)}{ending}",
+        )
         for disk in image.disks
         if disk.snapshot is not None
     ]
-
-
-def export(
-    repository: Repository,
-    disks: Sequence[tuple[ImageDisk, str]],
-    format: str = "raw",
-    *,
-    compression: str | None = None,
-    forbidden_folder: str | None = None,
-    progress: ProgressCallback | None = None,
-) -> list[Written]:
-    """Write disks of an image to new files, as `targets` names them: all of them, or none after an error.
-
-    Parameters
-    ----------
-    format, compression, forbidden_folder, progress
-        As for `write_image`.
-    """
-    for _, path in disks:
-        if os.path.lexists(path):
-            raise ExistsError(f"{path} exists; choose another name")
-    done: list[str] = []
-    written = []
-    try:
-        for disk, path in disks:
-            assert disk.snapshot is not None
-            with repository.open_snapshot(disk.snapshot) as reader:
-                written.append(
-                    write_image(
-                        reader,
-                        path,
-                        format,
-                        compression=compression,
-                        forbidden_folder=forbidden_folder,
-                        progress=progress,
-                    )
-                )
-            done.append(path)
-    except BaseException:
-        for path in done:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        raise
-    return written
 
 
 @dataclass(frozen=True, slots=True)

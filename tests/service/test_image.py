@@ -24,6 +24,7 @@ from snapcore.pool import Pool, Region
 from snapcore.progress import Progress
 from snapcore.repository import Labels
 from snapcore.service import Archives, group, image
+from snapcore.service.files import write_all
 from snapcore.source import Source
 from tests.support.pools import MIB, check_space, quick_folder
 from tests.support.regions import Watched
@@ -220,10 +221,10 @@ def test_a_group_of_which_an_image_holds_a_member_stays_whole(places: Places) ->
 def test_what_is_exported_is_what_was_imported(places: Places, tmp_path: Path, kind: str) -> None:
     made = image.take(places.repository, LABELS, Bytes(DATA), {"xvdb": 5, "xvdc": Bytes(OTHER + bytes(144))})
     wanted = image.targets(made, str(tmp_path / f"out.{kind}"))
-    assert [Path(path).name for _, path in wanted] == [f"out.{kind}", f"out-xvdc.{kind}"]
-    image.export(places.repository, wanted, kind)
+    assert [Path(path).name for _, _, path in wanted] == [f"out.{kind}", f"out-xvdc.{kind}"]
+    write_all(places.repository, [item[1:] for item in wanted], kind)
     again = []
-    for (_, path), expected in zip(wanted, (DATA, OTHER), strict=True):
+    for (_, _, path), expected in zip(wanted, (DATA, OTHER), strict=True):
         with open_image(path, kind) as source:
             again.append(image.take(places.repository, Labels(name=f"again{len(again)}"), source))
         assert archived_bytes(places.repository, again[-1].snapshots[0])[: len(expected)] == expected
@@ -232,10 +233,10 @@ def test_what_is_exported_is_what_was_imported(places: Places, tmp_path: Path, k
 
 def test_an_export_writes_all_files_or_none(places: Places, tmp_path: Path) -> None:
     made = image.take(places.repository, LABELS, Bytes(DATA), {"xvdb": Bytes(OTHER)})
-    wanted = image.targets(made, str(tmp_path / "out.img"))
+    wanted = [item[1:] for item in image.targets(made, str(tmp_path / "out.img"))]
     (tmp_path / "out-xvdb.img").write_bytes(b"somebody's")
     with pytest.raises(ExistsError, match="out-xvdb"):
-        image.export(places.repository, wanted)
+        write_all(places.repository, wanted)
     (tmp_path / "out-xvdb.img").unlink()
     steps = 0
 
@@ -246,7 +247,7 @@ def test_an_export_writes_all_files_or_none(places: Places, tmp_path: Path) -> N
             raise CancelledError("enough")
 
     with pytest.raises(CancelledError):
-        image.export(places.repository, wanted, progress=cancel)
+        write_all(places.repository, wanted, progress=cancel)
     assert steps == 2 and list(tmp_path.glob("out*")) == []
 
 
