@@ -415,8 +415,8 @@ def launch(
                 output.print_json(_machine_facts(machine, found))
             return
     disks = sum(len(machine.disks) for machine in made)
-    called = machines[0] if count == 1 else f"{machines[0]} to {machines[-1]}"
-    click.echo(output.text(f"made {disks} disks of {count} machines, {called}, in {spent:.2f} s"))
+    of = f"the machine {machines[0]}" if count == 1 else f"{count} machines, {machines[0]} to {machines[-1]},"
+    click.echo(output.text(f"made {disks} disk{'' if disks == 1 else 's'} of {of} in {spent:.2f} s"))
 
 
 def _machine_facts(machine: Machine, found: Image) -> dict[str, object]:
