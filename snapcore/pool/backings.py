@@ -45,8 +45,10 @@ class Backings:
         Opens the snapshot that a `Region` names.
     """
 
-    def __init__(self, files: Files, regions: Regions | None) -> None:
+    def __init__(self, files: Files, regions: Regions | None, decoupled: frozenset[int] = frozenset()) -> None:
         self.regions = regions
+        # Those of which the log says, but the catalog does not yet, that they need no region.
+        self._decoupled = decoupled
         self._files = files
         self._descriptors: dict[int, int] = {}
         self._lazy: dict[int, LazyImage] = {}
@@ -55,7 +57,7 @@ class Backings:
 
     def open(self, record: Backing) -> Opened:
         """The image of a record; opened when it is needed first."""
-        if record.region is not None:
+        if record.region is not None and record.id not in self._decoupled:
             image = self._lazy.get(record.id)
             if image is None:
                 image = self._lazy[record.id] = LazyImage(self._files, record, self.regions)

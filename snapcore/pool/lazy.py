@@ -108,6 +108,7 @@ class LazyImage:
         self._ended = False
         self._closed = False
         self._broken = False
+        self._sealed = False
         self._unsaved_bytes = 0
         self._saved_at = time.monotonic()
         self._sequel = range(0)
@@ -312,7 +313,7 @@ class LazyImage:
     def save(self) -> None:
         """What is here now is here after a crash too."""
         with self._saving:
-            if self._read_only or self._closed or self._broken or not self._unsaved_bytes:
+            if self._read_only or self._closed or self._broken or self._sealed or not self._unsaved_bytes:
                 return
             unsaved, words = self._unsaved_bytes, self.presence.to_bytes()
             try:
@@ -326,6 +327,26 @@ class LazyImage:
             with self._writing:
                 self._unsaved_bytes -= unsaved
             self._saved_at = time.monotonic()
+
+    def seal(self) -> None:
+        """All is here, and durable, whatever was saved before: nothing is written from now on.
+
+        Raises
+        ------
+        StoreError
+            It is not, or what the file holds is not known.
+        """
+        with self._saving:
+            if self._broken or self._closed or not self.is_whole:
+                raise StoreError(self.error or f"{self._path} is not all here")
+            try:
+                self._medium.sync(self.descriptor)
+            except OSError as error:
+                self._give_up(error)
+                raise
+            if os.fstat(self.descriptor).st_size != self.record.size_bytes:
+                raise StoreError(f"{self._path} has another length than the snapshot; was it changed by others?")
+            self._sealed = True
 
     def _save_trace(self) -> None:
         with self._lock:

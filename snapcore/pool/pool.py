@@ -534,6 +534,7 @@ class Pool:
             return
         try:
             image.save()
+            image.seal()
         except OSError as error:
             raise from_os_error(error, what) from error
         number = image.record.id
