@@ -265,9 +265,10 @@ def restore(
 @group.command()
 @click.argument("ref", metavar="GROUP")
 @output.place_option
+@click.option("--force", is_flag=True, help="Also one with snapshots that lazy disks still need (`snapcore pin`).")
 @key_options
 @output.json_option
-def delete(ref: str, place: output.Place, keys: Unlocking, as_json: bool) -> None:
+def delete(ref: str, place: output.Place, force: bool, keys: Unlocking, as_json: bool) -> None:
     """Delete a group with its snapshots; in a repository also what is left of one that was never complete."""
     if place.is_pool:
         from snapcore.pool import Pool
@@ -282,7 +283,7 @@ def delete(ref: str, place: output.Place, keys: Unlocking, as_json: bool) -> Non
     else:
         from snapcore.service import group as groups
 
-        gone_id, gone = groups.delete(keys.open(place.path), ref)
+        gone_id, gone = groups.delete(keys.open(place.path), ref, force=force)
     if as_json:
         output.print_json({"deleted": gone_id, "snapshots": gone})
     else:

@@ -19,6 +19,7 @@ COMMANDS = (
     "group",
     "key",
     "nbd-mount",
+    "pin",
     "pool",
     "repo",
     "restore",

@@ -285,18 +285,21 @@ def diff(a: str, b: str, place: output.Place, keys: Unlocking, as_json: bool) ->
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
 @output.place_option
+@click.option("--force", is_flag=True, help="In a repository: also those that lazy disks still need (`snapcore pin`).")
 @key_options
 @output.json_option
-def delete(ids: tuple[str, ...], place: output.Place, keys: Unlocking, as_json: bool) -> None:
+def delete(ids: tuple[str, ...], place: output.Place, force: bool, keys: Unlocking, as_json: bool) -> None:
     """Delete snapshots, in any order. In a repository `snapcore repo collect` frees their space."""
     if place.is_pool:
+        if force:
+            raise click.UsageError("--force is for snapshots in a repository")
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.delete(place.path, ids, as_json=as_json)
         return
     found = keys.open(place.path)
     for item in ids:
-        gone = found.delete(item)
+        gone = found.delete(item, force=force)
         if as_json:
             output.print_json({"deleted": gone})
         else:
