@@ -51,13 +51,13 @@ def create(
     as_json: bool,
 ) -> None:
     """Cut a snapshot of each DISK, all at one instant."""
-    from snapcore.cli import lazy, pooled
+    from snapcore.cli import pooled
     from snapcore.pool import Pool
     from snapcore.service import Archives, Hooks
     from snapcore.service import group as groups
 
     repository = None if repo is None else keys.open(repo)
-    with Pool.open(place, regions=lazy.open_region) as found, Archives(found) as archives:
+    with Pool.open(place, regions=keys.regions()) as found, Archives(found) as archives:
         hooks = Hooks(freeze, thaw, timeout)
         started = time.monotonic()
         made = groups.cut(found, archives.journal, [found.open_disk(disk) for disk in disks], name, hooks)
@@ -231,7 +231,7 @@ def restore(
     ref: str, place: str, pool: str, disks: tuple[str, ...], in_place: bool, keys: Unlocking, as_json: bool
 ) -> None:
     """Restore the members of an archived group to disks of a pool; with --json one object a line."""
-    from snapcore.cli import archiving, lazy
+    from snapcore.cli import archiving
     from snapcore.pool import Pool
     from snapcore.service import into_disk, into_new_disk
 
@@ -246,7 +246,7 @@ def restore(
         # What is sealed says itself where it belongs, whatever somebody made of the group.
         if (snapshot.disk, snapshot.group) != (name, wanted.id):
             raise DamagedError(f"group {wanted.id} names {snapshot.id} as of {name}, and that says otherwise")
-    with Pool.open(pool, regions=lazy.open_region) as found:
+    with Pool.open(pool, regions=keys.regions()) as found:
         existing = {name: found.open_disk(name) for name, _ in chosen} if in_place else {}
         with found.holding([*existing.values()], f"the restore of group {wanted.id}"):
             pass

@@ -23,7 +23,7 @@ def list_(place: str, keys: Unlocking, as_json: bool) -> None:
     One whose snapshot is gone, or whose owner is, is left over from a crash or a loss: `snapcore pin remove`.
     """
     found = keys.open(place)
-    there = {item.id for item in [*found.snapshots(), *found.locked_snapshots()]}
+    there = {item.id for item in found.snapshots()} | {item.id for item in found.locked_snapshots()}
     rows = []
     for item in found.pins():
         state = "deletion" if item.deletes else "pin" if item.snapshot in there else "stale"

@@ -41,7 +41,9 @@ def restore(
             raise click.UsageError("--allow-damaged and the options of formats are for images, not for disks of a pool")
         from snapcore.cli import archiving
 
-        archiving.restore(pool, keys.open(place), snapshot, target, in_place=in_place, as_json=as_json)
+        archiving.restore(
+            pool, keys.open(place), snapshot, target, regions=keys.regions(), in_place=in_place, as_json=as_json
+        )
         return
     as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     if as_image and allow_damaged:

@@ -89,6 +89,7 @@ def create(
             disk,
             output.tag_pairs(tags),
             key=key,
+            regions=keys.regions(),
             rate=rate,
             keep_local=keep_local,
             as_json=as_json,
@@ -182,7 +183,7 @@ def archive(
         raise click.UsageError("--key and --no-key are for snapshots that are named; what was begun has its key")
     from snapcore.cli import archiving
 
-    archiving.archive(pool, keys.open(place), refs, key=key, rate=rate, as_json=as_json)
+    archiving.archive(pool, keys.open(place), refs, key=key, regions=keys.regions(), rate=rate, as_json=as_json)
 
 
 @snapshot.command("list")

@@ -8,6 +8,7 @@ from snapcore.pool.compact import Compacted
 from snapcore.pool.disk import Allocation, Disk, Snapshot
 from snapcore.pool.lazy import Hydration
 from snapcore.pool.pool import Pool
+from snapcore.pool.regions import RegionEvent, Regions
 from snapcore.pool.transfer import Exported
 from snapcore.pool.usage import PoolUsage, VersionUsage
 
@@ -21,6 +22,8 @@ __all__ = [
     "Pool",
     "PoolUsage",
     "Region",
+    "RegionEvent",
+    "Regions",
     "Snapshot",
     "VersionUsage",
     "check",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from snapcore.pool.catalog import Backing
 from snapcore.pool.files import Files
-from snapcore.pool.lazy import FOLDER, LazyImage, Regions
+from snapcore.pool.lazy import FOLDER, LazyImage
+from snapcore.pool.regions import Regions
 from snapcore.presence import Presence
 from snapcore.source.interface import Source
 
@@ -41,8 +42,7 @@ class Backings:
 
     Attributes
     ----------
-    regions : callable or None
-        Opens the snapshot that a `Region` names.
+    regions : Regions or None
     """
 
     def __init__(self, files: Files, regions: Regions | None, decoupled: frozenset[int] = frozenset()) -> None:
@@ -54,6 +54,7 @@ class Backings:
         self._lazy: dict[int, LazyImage] = {}
         # Closed when nobody can be reading any more, and removed when no log refers to them.
         self._leaving: list[Leaving] = []
+        self._taken: list[Leaving] = []
 
     def open(self, record: Backing) -> Opened:
         """The image of a record; opened when it is needed first."""
@@ -110,12 +111,18 @@ class Backings:
 
     def take_leaving(self) -> list[Leaving]:
         """What was forgotten up to now; to be handed to `release`, or to `keep_leaving` when that must wait."""
-        leaving, self._leaving = self._leaving, []
+        leaving = self._taken = self._leaving
+        self._leaving = []
         return leaving
 
     def keep_leaving(self, leaving: list[Leaving]) -> None:
         """A checkpoint failed: another time."""
         self._leaving += leaving
+        self._taken = []
+
+    def leaving(self) -> list[Backing]:
+        """Records of images that were forgotten and that the last checkpoint knows. Takes no lock."""
+        return [record for _, _, record in [*self._leaving, *self._taken]]
 
     def release(self, leaving: Iterable[Leaving]) -> None:
         """Close images that no reader looks at, and remove those of the pool's own, which no log refers to."""
@@ -126,6 +133,7 @@ class Backings:
                 os.close(descriptor)
             if record.is_own:
                 self._remove(paths_of(record))
+        self._taken = []
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:

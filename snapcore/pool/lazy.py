@@ -13,21 +13,21 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from typing import NamedTuple
 
 from snapcore import scan
 from snapcore.digest import xxh64_blocks
 from snapcore.errors import CancelledError, Error, OutOfSpaceError, StoreError
 from snapcore.extents import gaps, merged
-from snapcore.pool.catalog import Backing, Region
+from snapcore.parallel import Daemons
+from snapcore.persist import replace
+from snapcore.pool.catalog import Backing
 from snapcore.pool.files import Files
+from snapcore.pool.regions import RegionEvent, Regions
 from snapcore.presence import Presence
 from snapcore.progress import Progress, ProgressCallback
 from snapcore.source.interface import Source
-
-Regions = Callable[[Region], Source]
 
 FOLDER = "lazy"
 WINDOW_BYTES = 1 << 20
@@ -109,13 +109,14 @@ class LazyImage:
         self._closed = False
         self._broken = False
         self._sealed = False
+        self._failing = False
         self._unsaved_bytes = 0
         self._saved_at = time.monotonic()
         self._sequel = range(0)
         self._ahead = 1
         self._trace: list[int] = []
-        self._demand = ThreadPoolExecutor(_DEMAND_THREADS, "snapcore-demand")
-        self._background = ThreadPoolExecutor(_BACKGROUND_THREADS, "snapcore-hydrate")
+        self._demand = Daemons(_DEMAND_THREADS, "snapcore-demand")
+        self._background = Daemons(_BACKGROUND_THREADS, "snapcore-hydrate")
         self._stop = threading.Event()
         self._hydrating: threading.Thread | None = None
         self._open()
@@ -178,13 +179,23 @@ class LazyImage:
     # What the kernel asks for
 
     def fetch(self, start: int, end: int) -> int:
-        """Bring bytes `start` to `end` here. Returns 0, or an errno; `error` says more."""
+        """Bring bytes `start` to `end` here. Returns 0, or an errno, of which `regions` are told."""
         if self._read_only:
             self.error = "it is not here yet, and the pool was opened for reading only"
             return errno.EROFS
         if self._regions is None:
             self.error = "it is not here yet, and the pool was opened without regions"
             return errno.ENOTCONN
+        code = self._fetch(start, end)
+        if code == 0 and self._failing:
+            self._failing = False
+            self._regions.tell(RegionEvent("back", self.region, ""))
+        elif code not in (0, errno.ESHUTDOWN):
+            self._failing = True
+            self._regions.tell(RegionEvent("failed", self.region, self.error))
+        return code
+
+    def _fetch(self, start: int, end: int) -> int:
         deadline = time.monotonic() + self.budget_s
         first, last = self._windows(start, min(end, self.record.size_bytes))
         try:
@@ -228,7 +239,7 @@ class LazyImage:
             with contextlib.suppress(CancelledError):
                 self._begin(window, self._background)
 
-    def _begin(self, window: int, threads: ThreadPoolExecutor) -> _Window:
+    def _begin(self, window: int, threads: Daemons) -> _Window:
         """Fetch a window, unless somebody does. One that waits in the background is not waited for by a demand."""
         with self._lock:
             if self._ended:
@@ -293,7 +304,7 @@ class LazyImage:
         with self._opening:
             if self._source is None:
                 assert self._regions is not None
-                found = self._regions(self.region)
+                found = self._regions.open(self.region)
                 if found.size_bytes != self.record.size_bytes:
                     raise Error(
                         f"snapshot {self.region.snapshot} in {self.region.url} has {found.size_bytes} bytes, "
@@ -322,7 +333,7 @@ class LazyImage:
                 self._give_up(error)
                 raise
             body = self._header() + words
-            self._replace(self._present, body + _checksum(body))
+            replace(self._medium, self._present, body + _checksum(body))
             self._save_trace()
             with self._writing:
                 self._unsaved_bytes -= unsaved
@@ -354,10 +365,10 @@ class LazyImage:
             data = "".join(f"{window * bytes_each}\n" for window in self._trace).encode()
         shared: str | None = getattr(self._source, "trace_path", None)
         if data:
-            self._replace(self._trace_path, data)
+            replace(self._medium, self._trace_path, data)
             # What others saw from the same snapshot is as good.
             if shared is not None and not os.path.exists(shared):
-                self._replace(shared, data)
+                replace(self._medium, shared, data)
 
     def _give_up(self, error: OSError) -> None:
         """What the file holds is not known after a failed sync: a file of another length is read by nobody."""
@@ -366,19 +377,6 @@ class LazyImage:
             self.error = f"{self._path} could not be synced ({error.strerror}); close the pool and open it again"
             _log.error("%s", self.error)
             self._medium.truncate(self.descriptor, 0)
-
-    def _replace(self, path: str, data: bytes) -> None:
-        medium, new = self._medium, f"{path}.new"
-        with contextlib.suppress(FileNotFoundError):
-            medium.unlink(new)
-        descriptor = medium.create(new)
-        try:
-            medium.write_at(descriptor, [data], 0)
-            medium.sync(descriptor)
-        finally:
-            medium.close(descriptor)
-        medium.rename(new, path)
-        medium.sync_folder(os.path.dirname(path))
 
     def _header(self) -> bytes:
         region = self.region

@@ -30,7 +30,8 @@ from snapcore.pool.checkpoint import first_map
 from snapcore.pool.compact import Compacted, compact
 from snapcore.pool.disk import Disk, Readable, Snapshot, SnapshotRef
 from snapcore.pool.engine import Engine
-from snapcore.pool.lazy import Regions, wait_for
+from snapcore.pool.lazy import wait_for
+from snapcore.pool.regions import Regions
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
 from snapcore.progress import ProgressCallback
@@ -134,8 +135,8 @@ class Pool:
             Does all persistent operations; tests record them.
         background : bool
             Checkpoints come in time from a thread of the pool's own. Without it they come when the log is full.
-        regions : callable, optional
-            Gets a `Region` and returns a `Source`: the snapshot there, which lazy disks are filled from.
+        regions : Regions, optional
+            Where lazy disks are filled from: `snapcore.service.Regions()`, or your own.
 
         Raises
         ------
@@ -186,6 +187,14 @@ class Pool:
     def read_only(self) -> bool:
         """Whether it was opened so."""
         return self._engine.read_only
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no disk or snapshot needs a region for what it holds."""
+        with self._reading() as catalog:
+            lazy = [record.id for record in catalog.backings.values() if record.region is not None]
+            images = [self._engine.versions.backings.lazy(number) for number in lazy]
+        return all(image is not None and image.is_whole for image in images)
 
     @property
     def limit_bytes(self) -> int:
@@ -321,21 +330,22 @@ class Pool:
         what = f"making disk {name!r}"
         with self._reading() as catalog:
             changes.check_new_name(catalog, self.path, name)
-        image = self._lazy_image(region, what)
+        with self._lazy_image(region, what) as image:
 
-        def prepare(catalog: Catalog) -> changes.Prepared[int]:
-            changes.check_new_name(catalog, self.path, name)
-            return changes.make_lazy_disk(catalog, name, size_bytes, image(catalog, 2), region.snapshot)
+            def prepare(catalog: Catalog) -> changes.Prepared[int]:
+                changes.check_new_name(catalog, self.path, name)
+                return changes.make_lazy_disk(catalog, name, size_bytes, image(catalog, 2), region.snapshot)
 
-        number = self._engine.change(what, prepare)
+            number = self._engine.change(what, prepare)
         return Disk(self, self._engine, number)
 
-    def _lazy_image(self, region: Region, what: str) -> Callable[[Catalog, int], Backing]:
-        """What finds or makes the image of a snapshot in a region, behind so many new numbers."""
-        backings = self._engine.versions.backings
-        if backings.regions is None:
+    @contextlib.contextmanager
+    def _lazy_image(self, region: Region, what: str) -> Iterator[Callable[[Catalog, int], Backing]]:
+        """What finds or makes the image of a snapshot in a region, behind so many new numbers; pinned meanwhile."""
+        backings, holds = self._engine.versions.backings, self._engine.holds
+        if backings.regions is None or holds is None:
             raise UsageError(f"{what}: the pool {self.path} was opened without regions")
-        source = backings.regions(region)
+        source = backings.regions.open(region)
         if not 0 < source.size_bytes <= changes.MAX_SIZE_BYTES:
             raise UsageError(f"{what}: a snapshot of {source.size_bytes} bytes cannot be under a disk")
         self._engine.allow_lazy()
@@ -349,7 +359,8 @@ class Pool:
                     raise from_os_error(error, what) from error
             return record
 
-        return image
+        with holds.pinned(region):
+            yield image
 
     def _source(self, source: Source | None) -> Snapshot | Disk | Region | str | None:
         """A snapshot, a disk, a region, or the path of an image."""
@@ -462,17 +473,18 @@ class Pool:
         """What `Disk.rollback` does; or to a snapshot that is only in a region, as a lazy disk."""
         what = f"rolling back disk {disk.name!r}"
         self._writable(what)
-        image = self._lazy_image(snapshot, what) if isinstance(snapshot, Region) else None
+        with contextlib.ExitStack() as stack:
+            image = stack.enter_context(self._lazy_image(snapshot, what)) if isinstance(snapshot, Region) else None
 
-        def prepare(catalog: Catalog) -> changes.Prepared[None]:
-            number = self._number(catalog, disk)
-            self._check_free(number, what)
-            if image is not None:
-                return changes.roll_back_to(catalog, number, image(catalog, 1))
-            assert not isinstance(snapshot, Region)
-            return changes.roll_back(catalog, number, self._find(catalog, snapshot, number))
+            def prepare(catalog: Catalog) -> changes.Prepared[None]:
+                number = self._number(catalog, disk)
+                self._check_free(number, what)
+                if image is not None:
+                    return changes.roll_back_to(catalog, number, image(catalog, 1))
+                assert not isinstance(snapshot, Region)
+                return changes.roll_back(catalog, number, self._find(catalog, snapshot, number))
 
-        self._engine.change(what, prepare)
+            self._engine.change(what, prepare)
         self._engine.sweep()
 
     def reset_disk(self, disk: Disk) -> None:

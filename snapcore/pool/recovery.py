@@ -24,7 +24,7 @@ from snapcore.pool.catalog import MAX_ID, Backing, Catalog
 from snapcore.pool.checkpoint import Checkpointer, get_catalog
 from snapcore.pool.failures import typed
 from snapcore.pool.files import Files
-from snapcore.pool.lazy import Regions
+from snapcore.pool.regions import Regions
 from snapcore.pool.superblock import Superblock
 from snapcore.pool.versions import Versions
 
@@ -56,8 +56,7 @@ def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False, reg
 
     Parameters
     ----------
-    regions : callable, optional
-        Opens what a region has.
+    regions : Regions, optional
     give_up_log : bool
         Leave out the log from where it is damaged on, for a repair.
     """

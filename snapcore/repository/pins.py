@@ -140,8 +140,8 @@ def refuse(store: Store, snapshot: str, found: list[Pin]) -> None:
         listed = "; ".join(pin.describe() for pin in held[:_LISTED]) + ("; …" if len(held) > _LISTED else "")
         raise RefusedError(
             f"snapshot {snapshot} of {store.url} is needed by {listed}. Decouple or delete the disks there; "
-            f"`snapcore pin remove` removes a pin that nobody needs; --force deletes the snapshot all the same, and what "
-            "those disks have not fetched by then is lost to them"
+            f"`snapcore pin remove` removes a pin that nobody needs; --force deletes the snapshot all the same, and "
+            "what those disks have not fetched by then is lost to them"
         )
 
 
@@ -200,4 +200,3 @@ def removed(store: Store, snapshot: str, pin_id: str) -> None:
     """There is no pin of that id on that snapshot any more."""
     with contextlib.suppress(NotFoundError):
         store.delete(f"{PREFIX}{snapshot}/{pin_id}")
-

@@ -620,10 +620,15 @@ class Repository:
                 executor=executor,
             )
 
-    def open_snapshot(self, snapshot: SnapshotLike) -> SnapshotReader:
-        """A snapshot as a file to read anywhere in."""
+    def open_snapshot(self, snapshot: SnapshotLike, *, hands: Executor | None = None) -> SnapshotReader:
+        """A snapshot as a file to read anywhere in; with threads, what lies in several packs is fetched at once."""
         wanted = self.find(snapshot)
-        return SnapshotReader(self._of_snapshot(wanted).objects(), wanted)
+        return SnapshotReader(self._of_snapshot(wanted).objects(hands), wanted)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it is in no folder of this host, so that each request takes its time."""
+        return self._context.store.folder is None
 
     def unique(self, snapshots: Sequence[SnapshotLike]) -> Usage:
         """What only these snapshots hold together: the bytes that `delete` and `collect` would free."""

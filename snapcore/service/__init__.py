@@ -4,6 +4,7 @@ from snapcore.service.archives import Archive, Archived, Archives
 from snapcore.service.base import Twins
 from snapcore.service.blocks import Block, Page, list_blocks, list_changed_blocks, read_block
 from snapcore.service.hooks import Hooks
+from snapcore.service.lazy import Regions
 from snapcore.service.restore import RestoredDisk, into_disk, into_new_disk
 from snapcore.service.staging import Session, Staging
 from snapcore.service.tiers import Local, Remote
@@ -16,6 +17,7 @@ __all__ = [
     "Hooks",
     "Local",
     "Page",
+    "Regions",
     "Remote",
     "RestoredDisk",
     "Session",

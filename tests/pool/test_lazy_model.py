@@ -83,7 +83,12 @@ class LazyMachine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 4), more=st.sampled_from((0, 5, 9000)))
     def make(self, seed: int, more: int) -> None:
         data = image(seed)
-        disk = self.pool.create_disk(self._name(), len(data) + more, source=self._region(seed))
+        try:
+            disk = self.pool.create_disk(self._name(), len(data) + more, source=self._region(seed))
+        except StoreError:
+            # What it needs could not be pinned.
+            assert self.regions.failing
+            return
         self.lives.append(Live(disk, bytearray(data + bytes(more)), data))
 
     @rule(which=places, at=places, length=lengths)
@@ -146,7 +151,11 @@ class LazyMachine(RuleBasedStateMachine):
     @rule(which=places, seed=st.integers(0, 4))
     def roll_back_to_a_region(self, which: int, seed: int) -> None:
         live = self._live(which)
-        self.pool.rollback_disk(live.disk, self._region(seed))
+        try:
+            self.pool.rollback_disk(live.disk, self._region(seed))
+        except StoreError:
+            assert self.regions.failing
+            return
         live.data = bytearray(image(seed))
 
     @rule(which=places)
@@ -213,6 +222,21 @@ class LazyMachine(RuleBasedStateMachine):
         for snapshot, data, _ in self.taken:
             assert snapshot.pread(len(data), 0) == data
 
+    @rule()
+    def pins_are_those_that_are_needed(self) -> None:
+        self.regions.failing = False
+        self.pool.checkpoint()
+        holds = self.pool._engine.holds
+        assert holds is not None
+        holds.wait()
+        needed = {region.snapshot for region in self.pool._engine.versions.regions_needed()}
+        assert needed == {*self.regions.pinned}
+
+    @invariant()
+    def what_is_needed_is_pinned(self) -> None:
+        needed = {region.snapshot for region in self.pool._engine.versions.regions_needed()}
+        assert needed <= {*self.regions.pinned}
+
     @invariant()
     def sizes_are_right(self) -> None:
         assert [live.disk.size_bytes for live in self.lives] == [len(live.data) for live in self.lives]
@@ -262,7 +286,7 @@ def _decouple_everywhere(folder: Path) -> None:
     disk.pwrite(b"later", 0)
     pool.close()
     expected = (data, b"later" + data[5:])
-    seen, dice = {name: 0 for name in DAMAGES}, random.Random(3)
+    seen, dice = dict.fromkeys(DAMAGES, 0), random.Random(3)
     for crash in crashes(recorder, 9, seed=2, since=begun):
         for name, harm in DAMAGES.items():
             crash.build(folder / "crashed")
@@ -323,6 +347,7 @@ def _crash_everywhere(folder: Path) -> None:
     region, other = regions.put("one", one), regions.put("two", two)
     (folder / "work").mkdir()
     recorder = Recorder(folder / "work")
+    regions.on_pins = lambda pins: recorder.note(pins)
     pool = Pool.create(folder / "work" / "pool", log_bytes=65536, background=False, regions=regions, medium=recorder)
     disk = pool.create_disk("web", source=region)
     recorder.note("made")
@@ -339,16 +364,25 @@ def _crash_everywhere(folder: Path) -> None:
     recorder.note("deleted")
     pool.checkpoint()
     pool.close()
+    assert regions.pinned == []
+    regions.on_pins = lambda pins: None
     seen = 0
     for crash in crashes(recorder, 3, seed=1):
         crash.build(folder / "crashed")
         regions.reads.clear()
+        regions.pins = {*next((fact for fact in reversed(crash.facts) if isinstance(fact, frozenset)), ())}
+        before = {*regions.pinned}
         try:
             again = Pool.open(folder / "crashed" / "pool", background=False, regions=regions, medium=FastMedium())
         except NotFoundError:
             assert not crash.facts
         else:
             seen += 1
+            needed = {found.snapshot for found in again._engine.versions.regions_needed()}
+            holds = again._engine.holds
+            assert holds is not None and needed <= before
+            holds.wait()
+            assert {*regions.pinned} == needed
             _holds_what_it_should(again, crash.facts, regions, one, two)
             again._engine.abandon()
         shutil.rmtree(folder / "crashed")
