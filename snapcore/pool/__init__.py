@@ -6,7 +6,7 @@ from snapcore.pool.catalog import Region
 from snapcore.pool.check import Checked, check
 from snapcore.pool.compact import Compacted
 from snapcore.pool.disk import Allocation, Disk, Snapshot
-from snapcore.pool.lazy import Hydration
+from snapcore.pool.hydration import Hydration
 from snapcore.pool.pool import Pool
 from snapcore.pool.regions import RegionEvent, Regions
 from snapcore.pool.transfer import Exported

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from snapcore.pool.catalog import Backing
 from snapcore.pool.files import Files
+from snapcore.pool.hydration import Hydrator
 from snapcore.pool.lazy import FOLDER, LazyImage
 from snapcore.pool.regions import Regions
 from snapcore.presence import Presence
@@ -52,6 +53,7 @@ class Backings:
         self._files = files
         self._descriptors: dict[int, int] = {}
         self._lazy: dict[int, LazyImage] = {}
+        self._hydrators: dict[int, Hydrator] = {}
         # Closed when nobody can be reading any more, and removed when no log refers to them.
         self._leaving: list[Leaving] = []
         self._taken: list[Leaving] = []
@@ -61,7 +63,7 @@ class Backings:
         if record.region is not None and record.id not in self._decoupled:
             image = self._lazy.get(record.id)
             if image is None:
-                image = self._lazy[record.id] = LazyImage(self._files, record, self.regions)
+                image = self._add(LazyImage(self._files, record, self.regions))
             descriptor = image.descriptor if image.descriptor >= 0 else LOST_BACKING
             return Opened(descriptor, record.size_bytes, 0, image.presence, image.fetch)
         if self._descriptors.get(record.id, LOST_BACKING) == LOST_BACKING:
@@ -86,9 +88,16 @@ class Backings:
         before = self._lazy.pop(record.id, None)
         if before is not None:
             before.close()
-        image = LazyImage(self._files, record, self.regions)
-        image.use(source)
-        self._lazy[record.id] = image
+        self._add(LazyImage(self._files, record, self.regions)).use(source)
+
+    def _add(self, image: LazyImage) -> LazyImage:
+        self._lazy[image.record.id] = image
+        self._hydrators[image.record.id] = Hydrator(image)
+        return image
+
+    def hydrator(self, number: int) -> Hydrator | None:
+        """What fetches the rest of the image of that number if it fills up."""
+        return self._hydrators.get(number)
 
     def lazy(self, number: int) -> LazyImage | None:
         """The image of that number if it fills up."""
@@ -104,9 +113,11 @@ class Backings:
 
     def forget(self, record: Backing) -> None:
         """No version refers to an image any more."""
-        image = self._lazy.pop(record.id, None)
+        image, hydrator = self._lazy.pop(record.id, None), self._hydrators.pop(record.id, None)
         if image is not None:
             image.stop_soon()
+        if hydrator is not None:
+            hydrator.stop_soon()
         self._leaving.append((self._descriptors.pop(record.id, LOST_BACKING), image, record))
 
     def take_leaving(self) -> list[Leaving]:
@@ -167,11 +178,15 @@ class Backings:
 
     def stop(self) -> None:
         """Who waits for a region does so no longer."""
+        for hydrator in [*self._hydrators.values()]:
+            hydrator.stop_soon()
         for image in [*self._lazy.values()]:
             image.stop_soon()
 
     def close(self) -> None:
         """Close all; nobody reads any more."""
+        for hydrator in self._hydrators.values():
+            hydrator.stop()
         for descriptor, image, _ in self._leaving:
             if image is not None:
                 image.close()
@@ -184,6 +199,7 @@ class Backings:
                 os.close(descriptor)
         self._leaving = []
         self._lazy.clear()
+        self._hydrators.clear()
         self._descriptors.clear()
 
 

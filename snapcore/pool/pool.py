@@ -30,7 +30,7 @@ from snapcore.pool.checkpoint import first_map
 from snapcore.pool.compact import Compacted, compact
 from snapcore.pool.disk import Disk, Readable, Snapshot, SnapshotRef
 from snapcore.pool.engine import Engine
-from snapcore.pool.lazy import wait_for
+from snapcore.pool.holds import key_of
 from snapcore.pool.regions import Regions
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
@@ -530,11 +530,48 @@ class Pool:
             return
         if self._engine.versions.backings.regions is None:
             raise UsageError(f"{what}: the pool {self.path} was opened without regions")
-        if rate is not None and not rate > 0:
-            raise UsageError(f"{what}: a rate is more than 0 bytes a second, not {rate}")
-        image.hydrate(rate)
-        if wait:
-            wait_for(image, what, progress)
+        self.plan_hydration(disk, rate or 0.0)
+        hydrator = self._engine.versions.backings.hydrator(image.record.id)
+        if hydrator is not None:
+            hydrator.start(rate)
+            if wait:
+                hydrator.wait(what, progress)
+
+    def plan_hydration(self, disk: Disk, rate: float | None) -> None:
+        """Remember, across reopening, whether the rest of a lazy disk shall be fetched; `resume_hydration` does it.
+
+        Parameters
+        ----------
+        disk : Disk
+        rate : float or None
+            Bytes in a second, 0 for as fast as it goes; None: not at all, and what runs is stopped.
+        """
+        what = f"hydrating disk {disk.name!r}"
+        self._writable(what)
+        if rate is not None and not rate >= 0:
+            raise UsageError(f"{what}: a rate is a number of bytes a second, not {rate}")
+        image, holds = disk._lazy(), self._engine.holds
+        if image is None or holds is None:
+            return
+        holds.wish(image.region, rate)
+        hydrator = self._engine.versions.backings.hydrator(image.record.id)
+        if rate is None and hydrator is not None:
+            hydrator.stop()
+
+    def resume_hydration(self) -> None:
+        """Go on with what was planned before the pool was opened, in the background."""
+        self._writable("hydrating disks")
+        backings, holds = self._engine.versions.backings, self._engine.holds
+        wishes = {} if holds is None else holds.wishes()
+        with self._reading() as catalog:
+            records = [*catalog.backings.values()]
+        for record in records:
+            image, hydrator = backings.lazy(record.id), backings.hydrator(record.id)
+            if record.region is None or image is None or hydrator is None or image.is_whole:
+                continue
+            rate = wishes.get(key_of(record.region))
+            if rate is not None and not hydrator.state.running:
+                hydrator.start(rate or None)
 
     def decouple_disk(self, disk: Disk, progress: ProgressCallback | None = None) -> None:
         """What `Disk.decouple` does."""
