@@ -14,17 +14,15 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from snapcore import Image, NbdServer, Pool, Repository, open_image
-from snapcore.pool import Region
 from snapcore.repository import Labels
+from snapcore.service import Regions
 from snapcore.service import image as images
-from snapcore.source import Source
 from tests.support.guest import make_guest, make_root
 
 MIB = 1 << 20
@@ -98,19 +96,10 @@ def taken_file(path: Path) -> int:
     return path.stat().st_blocks * 512
 
 
-def regions(repository: Repository) -> Callable[[Region], Source]:
-    """What a pool fetches from."""
-
-    def opened(region: Region) -> Source:
-        return repository.open_snapshot(region.snapshot)
-
-    return opened
-
-
 def launch(place: Path, repository: Repository, made: Image, machines: int, boots: int) -> None:
     """Lazy machines, of which some boot."""
     names = images.names("vm-###", machines)
-    with Pool.create(place / "pool", regions=regions(repository)) as pool:
+    with Pool.create(place / "pool", regions=Regions()) as pool:
         before = taken(place / "pool")
         started = time.monotonic()
         images.launch(pool, repository, made, names)
@@ -163,7 +152,7 @@ def boot(place: Path, pool: Pool, names: list[str]) -> None:
 
 def launch_whole(place: Path, repository: Repository, made: Image, machines: int) -> None:
     """Machines that need the repository no more."""
-    with Pool.create(place / "whole", regions=regions(repository)) as pool:
+    with Pool.create(place / "whole", regions=Regions()) as pool:
         started = time.monotonic()
         images.launch(pool, repository, made, images.names("vm-###", machines), whole=True)
         spent = time.monotonic() - started

@@ -54,13 +54,13 @@ def create(
     as_json: bool,
 ) -> None:
     """Cut a snapshot of each DISK, all at one instant."""
-    from snapcore.cli import lazy, pooled
+    from snapcore.cli import pooled
     from snapcore.pool import Pool
     from snapcore.service import Archives, Hooks
     from snapcore.service import group as groups
 
     repository = None if repo is None else keys.open(repo)
-    with Pool.open(place, regions=lazy.open_region) as found, Archives(found) as archives:
+    with Pool.open(place, regions=keys.regions()) as found, Archives(found) as archives:
         hooks = Hooks(freeze, thaw, timeout)
         started = time.monotonic()
         made = groups.cut(found, archives.journal, [found.open_disk(disk) for disk in disks], name, hooks)
@@ -261,11 +261,11 @@ def restore(
             repository, chosen, folder, written_format or formats.RAW, packing, in_place=in_place, as_json=as_json
         )
         return
-    from snapcore.cli import archiving, lazy
+    from snapcore.cli import archiving
     from snapcore.pool import Pool
     from snapcore.service import into_disk, into_new_disk
 
-    with Pool.open(str(pool), regions=lazy.open_region) as found:
+    with Pool.open(str(pool), regions=keys.regions()) as found:
         existing = {name: found.open_disk(name) for name, _ in chosen} if in_place else {}
         with found.holding([*existing.values()], f"the restore of group {wanted.id}"):
             pass
@@ -326,9 +326,10 @@ def _to_files(
 @group.command()
 @click.argument("ref", metavar="GROUP")
 @output.place_option
+@click.option("--force", is_flag=True, help="Also one with snapshots that lazy disks still need (`snapcore pin`).")
 @key_options
 @output.json_option
-def delete(ref: str, place: output.Place, keys: Unlocking, as_json: bool) -> None:
+def delete(ref: str, place: output.Place, force: bool, keys: Unlocking, as_json: bool) -> None:
     """Delete a group with its snapshots; in a repository also what is left of one that was never complete."""
     if place.is_pool:
         from snapcore.pool import Pool
@@ -343,7 +344,7 @@ def delete(ref: str, place: output.Place, keys: Unlocking, as_json: bool) -> Non
     else:
         from snapcore.service import group as groups
 
-        gone_id, gone = groups.delete(keys.open(place.path), ref)
+        gone_id, gone = groups.delete(keys.open(place.path), ref, force=force)
     if as_json:
         output.print_json({"deleted": gone_id, "snapshots": gone})
     else:

@@ -101,12 +101,11 @@ def create(
                 progress=progress,
             )
         else:
-            from snapcore.cli import lazy
             from snapcore.pool import Pool
             from snapcore.service import Archives
             from snapcore.service import image as images
 
-            with Pool.open(pool, regions=lazy.open_region) as found, Archives(found) as archives:
+            with Pool.open(pool, regions=keys.regions()) as found, Archives(found) as archives:
                 made = images.create_from_pool(
                     archives,
                     repository,
@@ -399,7 +398,6 @@ def launch(
     The system disk is called as the machine, others have the device behind that: web-001, web-001-xvdb. With --json an
     object for each machine, a line each.
     """
-    from snapcore.cli import lazy
     from snapcore.pool import Pool
     from snapcore.service import image as images
 
@@ -407,7 +405,7 @@ def launch(
     repository = keys.open(place)
     found = repository.image(ref)
     started = time.monotonic()
-    with Pool.open(pool, regions=lazy.open_region) as opened, output.bar() as progress:
+    with Pool.open(pool, regions=keys.regions()) as opened, output.bar() as progress:
         made = images.launch(opened, repository, found, machines, size_bytes=size, whole=whole, progress=progress)
         spent = time.monotonic() - started
         if as_json:

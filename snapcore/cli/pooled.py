@@ -9,8 +9,19 @@ from snapcore.cli import output
 from snapcore.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
-    from snapcore.pool import Disk, Pool, Snapshot
+    from snapcore.pool import Disk, Pool, Regions, Snapshot
     from snapcore.service.journal import Journal
+
+
+def opened(place: str, regions: Regions, *, read_only: bool) -> Pool:
+    """A pool to read from. With lazy disks that are not all here it is opened as its owner: what is read is kept."""
+    from snapcore.pool import Pool
+
+    found = Pool.open(place, read_only=read_only, regions=regions)
+    if not read_only or found.is_whole:
+        return found
+    found.close()
+    return Pool.open(place, regions=regions)
 
 
 def find(pool: Pool, ref: str) -> Disk | Snapshot:

@@ -41,7 +41,9 @@ def restore(
             raise click.UsageError("--allow-damaged and the options of formats are for images, not for disks of a pool")
         from snapcore.cli import archiving
 
-        archiving.restore(pool, keys.open(place), snapshot, target, in_place=in_place, as_json=as_json)
+        archiving.restore(
+            pool, keys.open(place), snapshot, target, regions=keys.regions(), in_place=in_place, as_json=as_json
+        )
         return
     written_format = image_files.format_of(target, written_format)
     as_image = image_files.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)

@@ -20,6 +20,7 @@ COMMANDS = (
     "image",
     "key",
     "nbd-mount",
+    "pin",
     "pool",
     "repo",
     "restore",

@@ -89,6 +89,7 @@ def create(
             disk,
             output.tag_pairs(tags),
             key=key,
+            regions=keys.regions(),
             rate=rate,
             keep_local=keep_local,
             as_json=as_json,
@@ -184,7 +185,7 @@ def archive(
         raise click.UsageError("--key and --no-key are for snapshots that are named; what was begun has its key")
     from snapcore.cli import archiving
 
-    archiving.archive(pool, keys.open(place), refs, key=key, rate=rate, as_json=as_json)
+    archiving.archive(pool, keys.open(place), refs, key=key, regions=keys.regions(), rate=rate, as_json=as_json)
 
 
 @snapshot.command("list")
@@ -287,18 +288,21 @@ def diff(a: str, b: str, place: output.Place, keys: Unlocking, as_json: bool) ->
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
 @output.place_option
+@click.option("--force", is_flag=True, help="In a repository: also those that lazy disks still need (`snapcore pin`).")
 @key_options
 @output.json_option
-def delete(ids: tuple[str, ...], place: output.Place, keys: Unlocking, as_json: bool) -> None:
+def delete(ids: tuple[str, ...], place: output.Place, force: bool, keys: Unlocking, as_json: bool) -> None:
     """Delete snapshots, in any order. In a repository `snapcore repo collect` frees their space."""
     if place.is_pool:
+        if force:
+            raise click.UsageError("--force is for snapshots in a repository")
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.delete(place.path, ids, as_json=as_json)
         return
     found = keys.open(place.path)
     for item in ids:
-        gone = found.delete(item)
+        gone = found.delete(item, force=force)
         if as_json:
             output.print_json({"deleted": gone})
         else:

@@ -21,7 +21,8 @@ from snapcore.pages import Failure
 from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
 from snapcore.pool.failures import typed
-from snapcore.pool.lazy import Hydration, LazyImage
+from snapcore.pool.hydration import Hydration
+from snapcore.pool.lazy import LazyImage
 from snapcore.pool.transfer import Exported
 from snapcore.progress import ProgressCallback
 from snapcore.volume import Volume
@@ -437,7 +438,8 @@ class Disk(Readable):
         """How much is here of the snapshot in a region that it reads from; None where there is none."""
         with self._engine.reading():
             image = self._lazy()
-            return None if image is None else image.hydration
+            hydrator = None if image is None else self._engine.versions.backings.hydrator(image.record.id)
+            return None if hydrator is None else hydrator.state
 
     def hydrate(
         self, rate: float | None = None, *, wait: bool = False, progress: ProgressCallback | None = None

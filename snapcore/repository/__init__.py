@@ -9,6 +9,7 @@ from snapcore.repository.keyring import Key, KeyHolder, Keyring
 from snapcore.repository.lineage import NO_KEY, KeyChoice
 from snapcore.repository.manifest import CopiedFrom, Manifest, Snapshot
 from snapcore.repository.marks import Usage
+from snapcore.repository.pins import Pin
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.repository import LockedSnapshot, Repository
 from snapcore.repository.restore import Restored
@@ -34,6 +35,7 @@ __all__ = [
     "LockedSnapshot",
     "Manifest",
     "Member",
+    "Pin",
     "Problem",
     "Repository",
     "Restored",

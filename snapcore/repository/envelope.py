@@ -45,6 +45,7 @@ class Kind(IntEnum):
     GENERATION = 9
     SUMMARY = 10
     GROUP = 11
+    PIN = 12
     IMAGE = 13
 
 

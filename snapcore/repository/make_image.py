@@ -14,8 +14,9 @@ from snapcore import extents
 from snapcore.errors import BusyError, Error, ExistsError, FencedError, NotFoundError, RefusedError
 from snapcore.parallel import SPAN_BYTES, executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import generations, groups, images, index, manifest, pack, session
+from snapcore.repository import generations, groups, images, index, manifest, pack, pins, session
 from snapcore.repository.context import Context
+from snapcore.repository.domain import Domain
 from snapcore.repository.images import PREFIX, Image, ImageDisk, Labels
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.reader import SnapshotReader
@@ -106,6 +107,7 @@ def _attempt(context: Context, labels: Labels, disks: list[ImageDisk]) -> Image:
         session.check(store, own)
         tried = True
         images.write(store, image, domain)
+        _check_kept(store, image, domain)
     except BaseException as error:
         _leave(store, own, fence=tried)
         if isinstance(error, ExistsError):
@@ -145,6 +147,18 @@ def _check_there(context: Context, image: Image) -> None:
             raise RefusedError(
                 f"the snapshot {snapshot.id} is of the group {snapshot.group}, which is not complete; finish it with "
                 "`snapcore snapshot archive`, or take another one"
+            )
+
+
+def _check_kept(store: Store, image: Image, domain: Domain) -> None:
+    """BusyError, and the image is taken back, when a snapshot is being deleted by who may not have seen the image."""
+    for snapshot in image.snapshots:
+        marks = [pin for pin in pins.of_snapshot(store, snapshot.id, {domain.id: domain}) if pin.deletes]
+        if marks:
+            images.delete(store, image.id)
+            raise BusyError(
+                f"snapshot {snapshot.id} of {store.url} is being deleted; if that was interrupted, delete it again, or "
+                f"`snapcore pin remove {marks[0].id} -r {store.url}`"
             )
 
 

@@ -9,6 +9,8 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from snapcore.errors import DamagedError, MissingObjectError, NotFoundError, ReadError
@@ -22,7 +24,7 @@ from snapcore.repository.table import Ids, ids_of
 from snapcore.repository.tree import NODE_BYTES
 from snapcore.store.interface import Reader
 
-_NODES_KEPT = 1024
+NODES_KEPT = 1024
 _BASES_KEPT_BYTES = 16 << 20
 # Records of one pack that lie this close are read in one go.
 _GAP_BYTES = 64 << 10
@@ -33,6 +35,19 @@ _RENEWALS = 3
 Result = TypeVar("Result")
 # Makes of (kind, id, place, the record as it is stored) what is wanted.
 Use = Callable[[RecordKind, bytes, Place, memoryview], Result]
+
+
+# Pack, offset, number of the object among those that were asked for, and its place.
+_Wanted = tuple[bytes, int, int, Place]
+
+
+class _Run(NamedTuple):
+    """Records of one pack that are read in one go."""
+
+    pack: bytes
+    start: int
+    length: int
+    wanted: list[_Wanted]
 
 
 class Base(NamedTuple):
@@ -62,6 +77,8 @@ class Objects:
     renew : callable, optional
         Loads the index anew when an object is not where it was: a collection may have moved it. Jobs that keep
         collections away need none.
+    hands : Executor, optional
+        Threads that fetch what lies in several packs at once, where a store is far away.
     """
 
     def __init__(
@@ -71,6 +88,7 @@ class Objects:
         domain: Domain,
         chunk_bytes: int,
         renew: Callable[[], Index] | None = None,
+        hands: Executor | None = None,
     ) -> None:
         self.index = index
         self.domain = domain
@@ -79,8 +97,12 @@ class Objects:
         self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
         self.renew = renew
         self._renewal = threading.Lock()
-        self._nodes = _Cache(_NODES_KEPT)
-        self._bases = _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes)))
+        self._hands = hands
+        self._nodes = _Cache(NODES_KEPT)
+        self._bases = {
+            RecordKind.CHUNK: _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes))),
+            RecordKind.NODE: _Cache(NODES_KEPT if hands is not None else 64),
+        }
 
     def place(self, kind: RecordKind, object_id: bytes) -> Place:
         """Where an object lies; MissingObjectError when nowhere."""
@@ -100,6 +122,18 @@ class Objects:
             found = self._found(RecordKind.NODE, object_id)
             self._nodes.put(object_id, found)
         return found
+
+    def nodes(self, object_ids: list[bytes]) -> list[Buffer]:
+        """Bytes of many tree nodes, neighbours in a pack in one go."""
+        kept = {object_id: self._nodes.get(object_id) for object_id in object_ids}
+        found = {object_id: plain for object_id, plain in kept.items() if plain is not None}
+        lacking = [object_id for object_id in kept if object_id not in found]
+        for number, read in self._each(RecordKind.NODE, ids_of(b"".join(lacking)), self._decoded):
+            if isinstance(read, DamagedError):
+                raise read
+            self._nodes.put(lacking[number], read)
+            found[lacking[number]] = read
+        return [found[object_id] for object_id in object_ids]
 
     def _found(self, kind: RecordKind, object_id: bytes) -> Buffer:
         """The object, by a new index when the present one leads nowhere."""
@@ -178,8 +212,8 @@ class Objects:
         return self._each(kind, ids, self._as_opened)
 
     def offer_base(self, base_id: bytes, plain: Buffer) -> None:
-        """Bytes that were found elsewhere and match the id: a patch that rests on them need not read them here."""
-        self._bases.put(base_id, plain)
+        """Bytes of a chunk that were found elsewhere and match the id: a patch on them need not read them here."""
+        self._bases[RecordKind.CHUNK].put(base_id, plain)
 
     def _each(self, kind: RecordKind, ids: Ids, use: Use[Result]) -> Iterator[tuple[int, Result | DamagedError]]:
         """What `use` makes of every object of `ids`; each that is not where it was is looked for in a new index."""
@@ -210,48 +244,50 @@ class Objects:
     def _many(
         self, kind: RecordKind, ids: Ids, places: list[Place | None], use: Use[Result]
     ) -> Iterator[tuple[int, Result | DamagedError]]:
-        wanted: list[tuple[bytes, int, int, Place]] = []
+        wanted: list[_Wanted] = []
         for number, place in enumerate(places):
             if place is None or place.kind != kind:
                 yield number, missing(kind, ids[number].tobytes())
             else:
                 wanted.append((place.pack, place.offset, number, place))
         wanted.sort()
-        first = 0
-        while first < len(wanted):
-            pack_id, start, _, place = wanted[first]
-            stop = start + place.stored
-            last = first + 1
-            while last < len(wanted):
-                next_pack, offset, _, place = wanted[last]
-                if next_pack != pack_id or offset > stop + _GAP_BYTES or offset + place.stored > start + _RUN_BYTES:
-                    break
-                stop = max(stop, offset + place.stored)
-                last += 1
-            yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids, use)
-            first = last
+        runs = [*_runs(wanted)]
+        reads = self._ahead(kind, runs, places)
+        for run, read in zip(runs, reads, strict=True):
+            yield from self._run(kind, run, read, ids, use)
+
+    def _ahead(self, kind: RecordKind, runs: list[_Run], places: list[Place | None]) -> list[Callable[[], bytes]]:
+        """What gives the bytes of each run; where there are threads, all are on their way, and what patches rest on."""
+        reads: list[Callable[[], bytes]] = [partial(self._read, run.pack, run.start, run.length) for run in runs]
+        if self._hands is None:
+            return reads
+        cache = self._bases[kind]
+        rest_on = {place.base for place in places if place is not None and place.base is not None}
+        lacking = ids_of(b"".join(sorted(base_id for base_id in rest_on if cache.get(base_id) is None)))
+        if len(runs) == 1 and not len(lacking):
+            return reads
+        reads = [self._hands.submit(read).result for read in reads]
+        if len(lacking):
+            # None of them is a patch: they go no deeper.
+            for number, plain in self._many(kind, lacking, self.index.find_many_full(lacking), self._decoded):
+                if not isinstance(plain, DamagedError):
+                    cache.put(lacking[number].tobytes(), plain)
+        return reads
 
     def _run(
-        self,
-        kind: RecordKind,
-        pack_id: bytes,
-        start: int,
-        stop: int,
-        wanted: list[tuple[bytes, int, int, Place]],
-        ids: Ids,
-        use: Use[Result],
+        self, kind: RecordKind, run: _Run, read: Callable[[], bytes], ids: Ids, use: Use[Result]
     ) -> Iterator[tuple[int, Result | DamagedError]]:
         data: memoryview | None = None
         # A run that cannot be read is read record by record, so that only what is damaged is missing.
         with contextlib.suppress(DamagedError):
-            data = memoryview(self._read(pack_id, start, stop - start))
-        for _, offset, number, place in wanted:
+            data = memoryview(read())
+        for _, offset, number, place in run.wanted:
             object_id = ids[number].tobytes()
             try:
                 if data is None:
                     raw = memoryview(self._read(place.pack, place.offset, place.stored))
                 else:
-                    raw = data[offset - start : offset - start + place.stored]
+                    raw = data[offset - run.start : offset - run.start + place.stored]
                 found = use(kind, object_id, place, raw)
             except DamagedError as error:
                 yield number, error
@@ -270,14 +306,14 @@ class Objects:
             raise DamagedError(f"{error}; run `snapcore verify` to see what it hits") from error
 
     def _base(self, kind: RecordKind, base_id: bytes) -> Buffer:
-        found = self._bases.get(base_id)
+        found = self._bases[kind].get(base_id)
         if found is None:
             # It may lie somewhere as a patch too: of two writers at once, one may have had something to compare with.
             place = self.index.find_full(base_id) or self.index.find_condemned(base_id, full=True)
             if place is None or place.kind != kind:
                 raise missing(kind, base_id)
             found = self._object(kind, base_id, place)
-            self._bases.put(base_id, found)
+            self._bases[kind].put(base_id, found)
         return found
 
     def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview) -> Buffer:
@@ -346,6 +382,23 @@ class Objects:
         if kind == RecordKind.CHUNK:
             return self.domain.chunk_id(plain)
         return self.domain.node_id(plain)
+
+
+def _runs(wanted: list[_Wanted]) -> Iterator[_Run]:
+    """What is sorted by pack and offset, in runs."""
+    first = 0
+    while first < len(wanted):
+        pack_id, start, _, place = wanted[first]
+        stop = start + place.stored
+        last = first + 1
+        while last < len(wanted):
+            next_pack, offset, _, place = wanted[last]
+            if next_pack != pack_id or offset > stop + _GAP_BYTES or offset + place.stored > start + _RUN_BYTES:
+                break
+            stop = max(stop, offset + place.stored)
+            last += 1
+        yield _Run(pack_id, start, stop - start, wanted[first:last])
+        first = last
 
 
 def missing(kind: RecordKind, object_id: bytes) -> MissingObjectError:

@@ -39,6 +39,7 @@ from snapcore.repository import (
     make_image,
     manifest,
     marks,
+    pins,
     rebuild,
     restore,
     session,
@@ -59,6 +60,7 @@ from snapcore.repository.keyring import Key, Keyring
 from snapcore.repository.lineage import KeyChoice
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.marks import Usage
+from snapcore.repository.pins import Pin
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
@@ -731,10 +733,15 @@ class Repository:
                 executor=executor,
             )
 
-    def open_snapshot(self, snapshot: SnapshotLike) -> SnapshotReader:
-        """A snapshot as a file to read anywhere in."""
+    def open_snapshot(self, snapshot: SnapshotLike, *, hands: Executor | None = None) -> SnapshotReader:
+        """A snapshot as a file to read anywhere in; with threads, what lies in several packs is fetched at once."""
         wanted = self.find(snapshot)
-        return SnapshotReader(self._of_snapshot(wanted).objects(), wanted)
+        return SnapshotReader(self._of_snapshot(wanted).objects(hands), wanted)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it is in no folder of this host, so that each request takes its time."""
+        return self._context.store.folder is None
 
     def unique(self, snapshots: Sequence[SnapshotLike]) -> Usage:
         """What only these snapshots hold together: the bytes that `delete` and `collect` would free."""
@@ -763,10 +770,63 @@ class Repository:
         """Bytes of all objects of the repository."""
         return sum(size_bytes for _, size_bytes in self._context.store.list(""))
 
-    def delete(self, snapshot: SnapshotLike) -> str:
+    def pin(self, snapshot: SnapshotLike, who: str, *, pin_id: str | None = None) -> Pin:
+        """Say who needs a snapshot: it is not deleted by mistake until `unpin`.
+
+        Parameters
+        ----------
+        snapshot : snapshot
+        who : str
+            For people: who, and where.
+        pin_id : str, optional
+            32 hexadecimal digits; doing it again under the same id is no error. Default: random ones.
+
+        Raises
+        ------
+        BusyError
+            It is being deleted.
+        NotFoundError, LockedError, StoreError
+        """
+        found = self.find(snapshot)
+        domain = self._of_snapshot(found).domain
+        name = manifest.name(domain, found.disk, found.sequence, found.id)
+        return pins.put(self._direct.store, found.id, name, who, pin_id, domain)
+
+    def unpin(self, snapshot_id: str, pin_id: str) -> None:
+        """Who had pinned a snapshot needs it no more; no error when the pin or the snapshot is gone already."""
+        pins.removed(self._direct.store, snapshot_id, pin_id)
+
+    def pins(self, snapshot: SnapshotLike | None = None) -> list[Pin]:
+        """Who needs a snapshot, or any; also of snapshots that are gone, and deletions that were interrupted."""
+        if snapshot is None:
+            return pins.load(self._direct.store, self.keyring.domains)
+        return pins.of_snapshot(self._direct.store, self.find(snapshot).id, self.keyring.domains)
+
+    def check_unpinned(self, snapshot: SnapshotLike) -> None:
+        """RefusedError, which says by whom, when a snapshot is pinned."""
+        found = self.find(snapshot)
+        pins.refuse(self._direct.store, found.id, self.pins(found))
+
+    def remove_pin(self, ref: str) -> str:
+        """Remove a pin that nobody needs, by its id or the beginning of it. Returns the id."""
+        return pins.remove(self._direct.store, ref)
+
+    def delete(self, snapshot: SnapshotLike, *, force: bool = False) -> str:
         """Delete a snapshot, wherever it stands in its chain; no other one changes. Returns its id.
 
-        `collect` frees the space. One whose manifest is damaged is found by its id. One that an image holds is refused.
+        `collect` frees the space. One whose manifest is damaged is found by its id. One that an image holds is
+        refused.
+
+        Parameters
+        ----------
+        snapshot : snapshot
+        force : bool
+            Also one that is pinned. Lazy disks that are filled from it get errors for what they have not fetched.
+
+        Raises
+        ------
+        RefusedError
+            It is pinned, or an image holds it; the message says by whom, or which.
         """
         wanted = snapshot.id if isinstance(snapshot, Manifest) else snapshot
         names = [name for name in manifest.names(self._context.store) if manifest.id_in(name).startswith(wanted)]
@@ -774,12 +834,14 @@ class Repository:
             found = self.find(snapshot)
             names = [manifest.name(self._of_snapshot(found).domain, found.disk, found.sequence, found.id)]
         domain = self._deletable(names[0])
-        self.check_deletable([manifest.id_in(names[0])])
-        if domain is None:
-            self._context.store.delete(names[0])
-        else:
-            manifest.delete(self._context.store, names[0], domain)
-        return manifest.id_in(names[0])
+        snapshot_id = manifest.id_in(names[0])
+        with pins.deleting(self._direct.store, snapshot_id, domain or PLAIN, force=force):
+            self.check_deletable([snapshot_id])
+            if domain is None:
+                self._context.store.delete(names[0])
+            else:
+                manifest.delete(self._context.store, names[0], domain)
+        return snapshot_id
 
     def _deletable(self, name: str) -> Domain | None:
         """The domain of a snapshot that is to be deleted; None for one that cannot be read, from which nobody begins.

@@ -5,6 +5,7 @@ from snapcore.service.base import Twins
 from snapcore.service.blocks import Block, Page, list_blocks, list_changed_blocks, read_block
 from snapcore.service.hooks import Hooks
 from snapcore.service.image import Machine
+from snapcore.service.lazy import Regions
 from snapcore.service.restore import RestoredDisk, into_disk, into_new_disk
 from snapcore.service.staging import Session, Staging
 from snapcore.service.tiers import Local, Remote
@@ -18,6 +19,7 @@ __all__ = [
     "Local",
     "Machine",
     "Page",
+    "Regions",
     "Remote",
     "RestoredDisk",
     "Session",

@@ -151,10 +151,11 @@ def _remove(repository: Repository, group_id: str) -> None:
             repository.delete(snapshot_id)
 
 
-def delete(repository: Repository, ref: str) -> tuple[str, list[str]]:
+def delete(repository: Repository, ref: str, *, force: bool = False) -> tuple[str, list[str]]:
     """Delete a group and the snapshots in it. Returns its id and theirs.
 
-    Also what is left of one that was never complete, by its whole id. RefusedError when an image holds one of them.
+    Also what is left of one that was never complete, by its whole id. RefusedError when an image holds one of the
+    snapshots, or when one is pinned (`Repository.delete`), unless forced: nothing is deleted then.
     """
     try:
         found: Group | None = repository.group(ref)
@@ -165,12 +166,15 @@ def delete(repository: Repository, ref: str) -> tuple[str, list[str]]:
     repository.check_deletable(gone)
     if found is None and not gone:
         raise NotFoundError(f"{repository.url} has no group {ref!r}, and no snapshot that says that it belongs to one")
+    for snapshot_id in gone if not force else ():
+        with contextlib.suppress(NotFoundError):
+            repository.check_unpinned(snapshot_id)
     # The object first: a crash leaves snapshots without a group, and doing it again removes them.
     if found is not None:
         repository.delete_group(found)
     for snapshot_id in gone:
         with contextlib.suppress(NotFoundError):
-            repository.delete(snapshot_id)
+            repository.delete(snapshot_id, force=force)
     return group_id, gone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapcore import (
+    BusyError,
     DamagedError,
     FencedError,
     Image,
@@ -271,7 +273,7 @@ def test_whatever_happens_between_two_steps_of_the_making_the_image_is_whole_or_
         watched.hook = _Interference(store, system, at, looks=deleter == "looks")
         try:
             made: Image | None = create(maker)
-        except (NotFoundError, FencedError, IndexError):
+        except (BusyError, NotFoundError, FencedError, IndexError):
             made = None
         watched.hook = lambda method, name: None
         for _ in range(4):
@@ -325,6 +327,43 @@ def test_a_writer_that_was_taken_for_dead_makes_it_under_another_name(monkeypatc
     assert len(list(store.list("images/"))) == 2 and repository.images() == [made]
     assert repository.verify().ok
     repository.collect()
+
+
+def test_who_deletes_and_who_makes_an_image_at_once_do_not_both_go_on() -> None:
+    """Each puts something first and looks then."""
+    store = MemoryStore()
+    watched = Watched(store, lambda method, name: None)
+    deleter, maker = Repository.create(watched, chunk_bytes=CHUNK), Repository.open(store)
+    outcomes = []
+    while len(outcomes) < 60:
+        system = taken(maker, "web", 1)
+        left = len(outcomes)
+        made: list[Image] = []
+
+        def interfere(method: str, name: str) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                with contextlib.suppress(BusyError, NotFoundError):
+                    made.append(maker.create_image("debian", system))  # noqa: B023 - called in this turn only
+
+        watched.hook = interfere
+        try:
+            deleter.delete(system)
+            outcomes.append("deleted")
+        except RefusedError:
+            outcomes.append("refused")
+        watched.hook = lambda method, name: None
+        there = {item.id for item in maker.snapshots()}
+        assert all(item.id in there for image in maker.images() for item in image.snapshots)
+        for image in maker.images():
+            maker.delete_image(image)
+        for item in maker.snapshots():
+            maker.delete(item)
+        assert maker.pins() == []
+        if left >= 0:
+            break
+    assert {*outcomes} == {"deleted", "refused"}
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from snapcore import (
     UsageError,
     open_image,
 )
-from snapcore.pool import Pool, Region
+from snapcore.pool import Pool
 from snapcore.progress import Progress
-from snapcore.repository import Labels
-from snapcore.service import Archives, group, image
+from snapcore.repository import Labels, manifest
+from snapcore.repository.domain import PLAIN
+from snapcore.service import Archives, Regions, group, image
 from snapcore.service.files import write_all
-from snapcore.source import Source
 from tests.support.pools import MIB, check_space, quick_folder
 from tests.support.regions import Watched
 from tests.support.small import Bytes
@@ -43,11 +43,8 @@ class Places:
     def __init__(self, folder: Path) -> None:
         self.store = Watched(MemoryStore(), lambda method, name: None)
         self.repository = Repository.create(self.store)
-        self.pool = Pool.create(folder / "pool", background=False, regions=self.region)
-
-    def region(self, region: Region) -> Source:
-        """A snapshot of the repository."""
-        return self.repository.open_snapshot(region.snapshot)
+        regions = Regions(open_repository=lambda url: self.repository)
+        self.pool = Pool.create(folder / "pool", background=False, regions=regions)
 
 
 @pytest.fixture
@@ -251,17 +248,31 @@ def test_an_export_writes_all_files_or_none(places: Places, tmp_path: Path) -> N
     assert steps == 2 and list(tmp_path.glob("out*")) == []
 
 
-def test_machines_are_made_of_an_image_whose_snapshot_has_no_manifest_any_more(places: Places) -> None:
-    from snapcore.repository import manifest
-    from snapcore.repository.domain import PLAIN
-
+def test_an_image_whose_snapshot_has_no_manifest_any_more_is_exported_and_makes_no_lazy_machines(
+    places: Places, tmp_path: Path
+) -> None:
+    """Its maker died while somebody deleted the snapshot: once the image goes, nothing would keep that for a lazy disk."""
     made = image.take(places.repository, LABELS, Bytes(DATA))
     (held,) = made.snapshots
     manifest.delete(places.store, manifest.name(PLAIN, held.disk, held.sequence, held.id), PLAIN)
     for _ in range(3):
         places.repository.collect()
-    image.launch(places.pool, places.repository, made, ["web"])
-    assert local_bytes(places.pool.open_disk("web")) == DATA
+    write_all(places.repository, [item[1:] for item in image.targets(made, str(tmp_path / "out.img"))])
+    assert (tmp_path / "out.img").read_bytes() == DATA
+    with pytest.raises(NotFoundError, match="any more"):
+        image.launch(places.pool, places.repository, made, ["web"])
+    assert places.pool.disks() == []
+
+
+def test_machines_pin_what_they_are_made_of_and_whole_ones_do_not(places: Places) -> None:
+    made = image.take(places.repository, LABELS, Bytes(DATA), {"xvdb": Bytes(OTHER)})
+    machines = image.launch(places.pool, places.repository, made, image.names("m#", 3))
     places.repository.delete_image(made)
-    with pytest.raises(NotFoundError):
-        image.launch(places.pool, places.repository, made, ["another"])
+    for snapshot in made.snapshots:
+        assert len(places.repository.pins(snapshot)) == 1
+        with pytest.raises(RefusedError, match="is needed by"):
+            places.repository.delete(snapshot)
+    for _, item in machines[0].disks:
+        item.decouple()
+    places.pool.close()
+    assert places.repository.pins() == []

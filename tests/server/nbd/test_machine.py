@@ -14,7 +14,7 @@ import pytest
 from snapcore import MemoryStore, Repository, open_image
 from snapcore.pool import Disk, Pool, Snapshot
 from snapcore.repository import Labels
-from snapcore.service import image
+from snapcore.service import Regions, image
 from tests.support.guest import Guest, make_debian, make_guest, make_root
 from tests.support.nbd import Serve
 from tests.support.pools import MIB, check_space
@@ -109,7 +109,8 @@ def test_machines_of_one_image_boot_at_once_and_fetch_what_they_read(
     root = make_root(tmp_path, WORK, 8 * ROOT_BYTES)
     with open_image(root) as source:
         made = image.take(repository, Labels(name="golden"), source, {"xvdb": MIB})
-    with Pool.create(folder / "machines", regions=lambda region: repository.open_snapshot(region.snapshot)) as pool:
+    regions = Regions(open_repository=lambda url: repository)
+    with Pool.create(folder / "machines", regions=regions) as pool:
         names = image.names("vm-###", count)
         image.launch(pool, repository, made, names)
         served = serve(pool=pool)
