@@ -251,7 +251,7 @@ def test_an_export_writes_all_files_or_none(places: Places, tmp_path: Path) -> N
 def test_an_image_whose_snapshot_has_no_manifest_any_more_is_exported_and_makes_no_lazy_machines(
     places: Places, tmp_path: Path
 ) -> None:
-    """Its maker died while somebody deleted the snapshot: once the image goes, nothing would keep that for a lazy disk."""
+    """Its maker died while somebody deleted the snapshot: when the image goes, nothing keeps that for a lazy disk."""
     made = image.take(places.repository, LABELS, Bytes(DATA))
     (held,) = made.snapshots
     manifest.delete(places.store, manifest.name(PLAIN, held.disk, held.sequence, held.id), PLAIN)
