@@ -38,9 +38,12 @@ def _say(facts: dict[str, object], line: str, *, as_json: bool) -> None:
     help="What it holds at first. An image is read from where it stands, and must stay as it is; of a repository's "
     "snapshot is fetched what is read.",
 )
+@output.hydrate_option("What of a repository's snapshot is not read, `snapcore serve` fetches at this rate.", "full")
 @key_options
 @output.json_option
-def create(name: str, place: str, size: int | None, source: str | None, keys: Unlocking, as_json: bool) -> None:
+def create(
+    name: str, place: str, size: int | None, source: str | None, hydrate: float, keys: Unlocking, as_json: bool
+) -> None:
     """Make a disk, in constant time: an empty one, or one that shares all blocks with what it is made from."""
     from snapcore.cli import pooled
     from snapcore.pool import Pool
@@ -49,6 +52,8 @@ def create(name: str, place: str, size: int | None, source: str | None, keys: Un
     with Pool.open(place, regions=regions) as found:
         region = None if source is None or os.path.exists(source) else regions.find(source)
         made = found.create_disk(name, size, source if region is None else region)
+        if region is not None:
+            found.plan_hydration(made, hydrate if hydrate >= 0 else None)
         _say(pooled.disk_facts(made), f"made disk {made.name} of {output.size(made.size_bytes)}", as_json=as_json)
 
 
