@@ -45,6 +45,7 @@ def _say(facts: dict[str, object], line: str, *, as_json: bool) -> None:
     type=click.Choice([formats.RAW]),
     help="IMAGE is raw whatever its name and its first bytes say. Others are imported.",
 )
+@output.hydrate_option("What of a repository's snapshot is not read, `snapcore serve` fetches at this rate.", "full")
 @key_options
 @output.json_option
 def create(
@@ -53,6 +54,7 @@ def create(
     size: int | None,
     source: str | None,
     image_format: str | None,
+    hydrate: float,
     keys: Unlocking,
     as_json: bool,
 ) -> None:
@@ -64,6 +66,8 @@ def create(
     with Pool.open(place, regions=regions) as found:
         region = None if source is None or os.path.exists(source) else regions.find(source)
         made = found.create_disk(name, size, source if region is None else region, image_format=image_format)
+        if region is not None:
+            found.plan_hydration(made, hydrate if hydrate >= 0 else None)
         _say(pooled.disk_facts(made), f"made disk {made.name} of {output.size(made.size_bytes)}", as_json=as_json)
 
 

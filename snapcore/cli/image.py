@@ -379,6 +379,7 @@ def import_(
 @click.option("--first", type=click.IntRange(0), default=1, show_default=True, help="The first number.")
 @click.option("--size", type=output.Size(), help="Of the system disks. Default: the image's minimum.")
 @click.option("--whole", is_flag=True, help="Fetch all, once for all machines; the repository is not needed then.")
+@output.hydrate_option("What the machines do not read, `snapcore serve` fetches at this rate.", "full")
 @key_options
 @output.json_option
 def launch(
@@ -390,6 +391,7 @@ def launch(
     first: int,
     size: int | None,
     whole: bool,
+    hydrate: float,
     keys: Unlocking,
     as_json: bool,
 ) -> None:
@@ -408,6 +410,9 @@ def launch(
     with Pool.open(pool, regions=keys.regions()) as opened, output.bar() as progress:
         made = images.launch(opened, repository, found, machines, size_bytes=size, whole=whole, progress=progress)
         spent = time.monotonic() - started
+        for _, disk in made[0].disks:
+            # All machines share what is fetched.
+            opened.plan_hydration(disk, hydrate if hydrate >= 0 else None)
         if as_json:
             for machine in made:
                 output.print_json(_machine_facts(machine, found))

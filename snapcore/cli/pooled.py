@@ -24,6 +24,16 @@ def opened(place: str, regions: Regions, *, read_only: bool) -> Pool:
     return Pool.open(place, regions=regions)
 
 
+def hydrate(pool: Pool, rate: float | None) -> None:
+    """Fetch the rest of lazy disks in the background: at a rate (0: none, below 0: not at all), or as planned."""
+    if pool.read_only:
+        return
+    for disk in pool.disks() if rate is not None else ():
+        if rate is not None:
+            pool.plan_hydration(disk, rate if rate >= 0 else None)
+    pool.resume_hydration()
+
+
 def find(pool: Pool, ref: str) -> Disk | Snapshot:
     """The disk or the snapshot of a name or id; the disk if there are both."""
     with suppress(NotFoundError):

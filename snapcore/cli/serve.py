@@ -50,6 +50,7 @@ _printing = threading.Lock()
     help="An I/O error for what waits so long for its medium; 0: never.",
 )
 @click.option("--socket-mode", default="600", show_default=True, metavar="OCTAL", help="Permissions of Unix sockets.")
+@output.hydrate_option("Fetch the rest of all lazy disks at this rate. Default: as they were made.", None)
 @key_options
 @output.json_option
 def serve(
@@ -69,6 +70,7 @@ def serve(
     idle_timeout: float,
     request_timeout: float,
     socket_mode: str,
+    hydrate: float | None,
     keys: Unlocking,
     as_json: bool,
 ) -> None:
@@ -89,6 +91,7 @@ def serve(
         if place is not None:
             regions = keys.regions(_print_region if as_json else None)
             pool = open_.enter_context(pooled.opened(place, regions, read_only=read_only))
+            pooled.hydrate(pool, hydrate)
         server = NbdServer(
             pool,
             listen=listen or (() if listeners else (listening.default_address(),)),
