@@ -63,12 +63,14 @@ def convert(*words: str | Path) -> Command:
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @click.option("--mib", default=2048, show_default=True, help="Of data; a quarter of it where zlib packs.")
 @click.option("--rounds", default=5, show_default=True, help="Each runs all, one after the other.")
+@click.option("--only", default="", metavar="TEXT", help="Only jobs whose names hold it: import, zstd, ….")
 @click.option("--snapcore", help="The snapcore executable; default: that of this Python.")
-def main(folder: Path, mib: int, rounds: int, snapcore: str | None) -> None:
+def main(folder: Path, mib: int, rounds: int, only: str, snapcore: str | None) -> None:
     """Print medians of times and of their ratios."""
     place = Path(tempfile.mkdtemp(prefix="snapcore-formats-", dir=folder))
     try:
-        missed = measure(jobs(place, mib << 20, find_snapcore(snapcore)), place, rounds)
+        chosen = [job for job in jobs(place, mib << 20, find_snapcore(snapcore)) if only in job.name]
+        missed = measure(chosen, place, rounds)
     finally:
         shutil.rmtree(place)
     sys.exit(missed)

@@ -7,12 +7,14 @@ disk's size.
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -25,6 +27,70 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Daemons(Executor):
+    """Threads that a process does not wait for at its end: what they do may hang for as long as a region does.
+
+    Parameters
+    ----------
+    limit : int
+        Threads at the most; each is made when it is needed first.
+    name : str
+    """
+
+    def __init__(self, limit: int, name: str) -> None:
+        self._limit = limit
+        self._name = name
+        self._work: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._changed = threading.Condition()
+        self._threads = 0
+        self._idle = 0
+        self._ended = False
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        """See `concurrent.futures.Executor.submit`."""
+        future: Future[Result] = Future()
+        with self._changed:
+            if self._ended:
+                raise RuntimeError("no work is taken any more")
+            self._work.append((future, functools.partial(fn, *args, **kwargs)))
+            if self._idle < len(self._work) and self._threads < self._limit:
+                self._threads += 1
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            self._changed.notify()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work; see `concurrent.futures.Executor.shutdown`. What runs is never waited for."""
+        del wait
+        with self._changed:
+            self._ended = True
+            if cancel_futures:
+                for future, _ in self._work:
+                    future.cancel()
+                self._work.clear()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                while not self._work and not self._ended:
+                    self._changed.wait()
+                self._idle -= 1
+                if not self._work:
+                    return
+                future, work = self._work.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = work()
+            except BaseException as error:  # noqa: BLE001 - it is who waits that gets it
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del future, work
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Nothing here retries: after a failed sync the state of the file is unknown, and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -101,6 +102,21 @@ class Medium:
             _sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def replace(medium: Medium, path: str, data: Buffer) -> None:
+    """Put a whole file in the place of another one, or of none, durably: a crash leaves the one or the other."""
+    new = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):
+        medium.unlink(new)
+    descriptor = medium.create(new)
+    try:
+        medium.write_at(descriptor, [data], 0)
+        medium.sync(descriptor)
+    finally:
+        medium.close(descriptor)
+    medium.rename(new, path)
+    medium.sync_folder(os.path.dirname(path))
 
 
 def _sync(descriptor: int) -> None:

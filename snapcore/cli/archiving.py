@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from snapcore.cli import lazy, output, pooled
+from snapcore.cli import output, pooled
 from snapcore.pool import Pool
 from snapcore.repository import KeyChoice, Repository
-from snapcore.service import Archived, Archives, RestoredDisk, group, into_disk, into_new_disk
+from snapcore.service import Archived, Archives, Regions, RestoredDisk, group, into_disk, into_new_disk
 
 
 def create(
@@ -19,12 +19,13 @@ def create(
     tags: dict[str, str],
     *,
     key: str | KeyChoice | None,
+    regions: Regions,
     rate: int,
     keep_local: int | None,
     as_json: bool,
 ) -> None:
     """Cut a snapshot of a disk and archive it, behind what was begun before."""
-    with Pool.open(pool, regions=lazy.open_region) as found, Archives(found) as archives, output.bar() as progress:
+    with Pool.open(pool, regions=regions) as found, Archives(found) as archives, output.bar() as progress:
         wanted = found.open_disk(disk)
         cut = wanted.snapshot(name)
         earlier = archives.finish(repository, rate)
@@ -55,11 +56,12 @@ def archive(
     refs: tuple[str, ...],
     *,
     key: str | KeyChoice | None,
+    regions: Regions,
     rate: int,
     as_json: bool,
 ) -> None:
     """Archive local snapshots, or finish what was begun."""
-    with Pool.open(pool, regions=lazy.open_region) as found, Archives(found) as archives, output.bar() as progress:
+    with Pool.open(pool, regions=regions) as found, Archives(found) as archives, output.bar() as progress:
         if refs:
             chosen = [found.snapshot(ref) for ref in refs]
             begun = [
@@ -80,10 +82,12 @@ def archive(
                 _say(done)
 
 
-def restore(pool: str, repository: Repository, ref: str, disk: str, *, in_place: bool, as_json: bool) -> None:
+def restore(
+    pool: str, repository: Repository, ref: str, disk: str, *, regions: Regions, in_place: bool, as_json: bool
+) -> None:
     """Restore an archived snapshot into a disk of a pool."""
     wanted = repository.find(ref)
-    with Pool.open(pool, regions=lazy.open_region) as found, output.bar() as progress:
+    with Pool.open(pool, regions=regions) as found, output.bar() as progress:
         if in_place:
             done = into_disk(found, found.open_disk(disk), repository, wanted, progress)
         else:

@@ -48,8 +48,7 @@ class _Places:
 
     def find(self, ref: str) -> Local | Remote:
         """A snapshot of either tier."""
-        from snapcore.cli import lazy, pooled
-        from snapcore.pool import Pool
+        from snapcore.cli import pooled
         from snapcore.service import Local, Remote
 
         folder, sign, name = ref.rpartition(":")
@@ -59,7 +58,7 @@ class _Places:
         key = os.path.realpath(place)
         if os.path.exists(os.path.join(place, "superblock")):
             if key not in self._pools:
-                self._pools[key] = self._stack.enter_context(Pool.open(place, read_only=True, regions=lazy.open_region))
+                self._pools[key] = self._stack.enter_context(pooled.opened(place, self._keys.regions(), read_only=True))
             return Local(pooled.find(self._pools[key], name), self._pools[key])
         if key not in self._repositories:
             self._repositories[key] = self._keys.open(place)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snapcore.cli import images, output
+from snapcore.cli import image_files, output
+from snapcore.cli.unlocking import Unlocking, key_options
+from snapcore.source import formats
 
 if TYPE_CHECKING:
     from snapcore.pool import Disk
@@ -37,15 +39,35 @@ def _say(facts: dict[str, object], line: str, *, as_json: bool) -> None:
     help="What it holds at first. An image is read from where it stands, and must stay as it is; of a repository's "
     "snapshot is fetched what is read.",
 )
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice([formats.RAW]),
+    help="IMAGE is raw whatever its name and its first bytes say. Others are imported.",
+)
+@output.hydrate_option("What of a repository's snapshot is not read, `snapcore serve` fetches at this rate.", "full")
+@key_options
 @output.json_option
-def create(name: str, place: str, size: int | None, source: str | None, as_json: bool) -> None:
+def create(
+    name: str,
+    place: str,
+    size: int | None,
+    source: str | None,
+    image_format: str | None,
+    hydrate: float,
+    keys: Unlocking,
+    as_json: bool,
+) -> None:
     """Make a disk, in constant time: an empty one, or one that shares all blocks with what it is made from."""
-    from snapcore.cli import lazy, pooled
+    from snapcore.cli import pooled
     from snapcore.pool import Pool
 
-    with Pool.open(place, regions=lazy.open_region) as found:
-        region = None if source is None or os.path.exists(source) else lazy.region_of(source)
-        made = found.create_disk(name, size, source if region is None else region)
+    regions = keys.regions()
+    with Pool.open(place, regions=regions) as found:
+        region = None if source is None or os.path.exists(source) else regions.find(source)
+        made = found.create_disk(name, size, source if region is None else region, image_format=image_format)
+        if region is not None:
+            found.plan_hydration(made, hydrate if hydrate >= 0 else None)
         _say(pooled.disk_facts(made), f"made disk {made.name} of {output.size(made.size_bytes)}", as_json=as_json)
 
 
@@ -113,20 +135,33 @@ def clone(name: str, new_name: str, place: str, as_json: bool) -> None:
 
 @disk.command()
 @click.argument("name")
-@click.argument("snapshot")
+@click.argument("snapshot", metavar="SNAPSHOT|REPO:SNAPSHOT")
 @output.pool_option
 @click.option("--dry-run", is_flag=True, help="Change nothing; say what would be.")
+@key_options
 @output.json_option
-def rollback(name: str, snapshot: str, place: str, dry_run: bool, as_json: bool) -> None:
-    """Go back to one of the disk's own snapshots, in constant time. All snapshots stay."""
+def rollback(name: str, snapshot: str, place: str, dry_run: bool, keys: Unlocking, as_json: bool) -> None:
+    """Go back to one of the disk's own snapshots, in constant time. All snapshots stay.
+
+    One that is only in a repository must be of this disk; what is read of it is fetched then.
+    """
     from snapcore import extents
     from snapcore.cli import pooled
-    from snapcore.pool import Pool
+    from snapcore.pool import Pool, Region
 
-    with Pool.open(place, read_only=dry_run) as found:
+    regions = keys.regions()
+    with Pool.open(place, read_only=dry_run, regions=regions) as found:
         wanted = found.open_disk(name)
-        point = pooled.own_snapshot(found, wanted, snapshot)
-        facts: dict[str, object] = {"disk": wanted.name, "snapshot": point.id, "dry_run": dry_run}
+        own = regions.find_own(snapshot, found, wanted)
+        if isinstance(own, Region):
+            facts: dict[str, object] = {"disk": wanted.name, "snapshot": own.snapshot, "dry_run": dry_run}
+            line = f"disk {wanted.name} {'would be' if dry_run else 'is'} as snapshot {own.snapshot} again"
+            if not dry_run:
+                found.rollback_disk(wanted, own)
+            _say(facts | {"region": own.url}, line, as_json=as_json)
+            return
+        point = own or pooled.own_snapshot(found, wanted, snapshot)
+        facts = {"disk": wanted.name, "snapshot": point.id, "dry_run": dry_run}
         facts |= {"size_bytes": point.size_bytes}
         if not dry_run:
             wanted.rollback(point)
@@ -162,13 +197,13 @@ def reset(name: str, place: str, as_json: bool) -> None:
 @output.pool_option
 @click.option("--rate", type=output.Size(), help="Bytes in a second at the most.")
 @click.option("--wait", is_flag=True, help="Fetch what is not here; without it, only say how far it is.")
+@key_options
 @output.json_option
-def hydrate(name: str, place: str, rate: int | None, wait: bool, as_json: bool) -> None:
+def hydrate(name: str, place: str, rate: int | None, wait: bool, keys: Unlocking, as_json: bool) -> None:
     """Say how much is here of a disk that was made from a repository's snapshot, and with --wait fetch the rest."""
-    from snapcore.cli import lazy
     from snapcore.pool import Pool
 
-    with Pool.open(place, regions=lazy.open_region) as found:
+    with Pool.open(place, regions=keys.regions()) as found:
         wanted = found.open_disk(name)
         if wait:
             with output.bar() as progress:
@@ -191,13 +226,13 @@ def _say_hydration(wanted: Disk, *, as_json: bool) -> None:
 @disk.command()
 @click.argument("name")
 @output.pool_option
+@key_options
 @output.json_option
-def decouple(name: str, place: str, as_json: bool) -> None:
+def decouple(name: str, place: str, keys: Unlocking, as_json: bool) -> None:
     """Fetch all that is not here of a disk that was made from a repository's snapshot; it needs that no more."""
-    from snapcore.cli import lazy
     from snapcore.pool import Pool
 
-    with Pool.open(place, regions=lazy.open_region) as found:
+    with Pool.open(place, regions=keys.regions()) as found:
         wanted = found.open_disk(name)
         with output.bar() as progress:
             wanted.decouple(progress)
@@ -244,8 +279,9 @@ def rename(name: str, new_name: str, place: str, as_json: bool) -> None:
 def delete(names: tuple[str, ...], place: str, as_json: bool) -> None:
     """Delete disks; their snapshots stay."""
     from snapcore.pool import Pool
+    from snapcore.service import Regions
 
-    with Pool.open(place) as found:
+    with Pool.open(place, regions=Regions()) as found:
         for name in names:
             gone = found.open_disk(name)
             found.delete_disk(gone)
@@ -275,8 +311,8 @@ def extents(name: str, place: str, as_json: bool) -> None:
 @output.pool_option
 @click.option("--name", required=True, help="Of the new disk.")
 @click.option("--size", type=output.Size(), help="If the disk shall be longer than the image.")
-@images.read_format_option
-@images.backing_option
+@image_files.read_format_option
+@image_files.backing_option
 @click.option("--allow-changing", is_flag=True, help="Accept a raw image that is written meanwhile.")
 @output.json_option
 def import_(
@@ -312,33 +348,35 @@ def import_(
 @click.argument("target", type=click.Path())
 @output.pool_option
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
-@images.written_format_option
-@images.packing_option
+@image_files.written_format_option
+@image_files.packing_option
+@key_options
 @output.json_option
 def export(
     name: str,
     target: str,
     place: str,
     in_place: bool,
-    written_format: str,
+    written_format: str | None,
     packing: str | None,
+    keys: Unlocking,
     as_json: bool,
 ) -> None:
     """Copy disk or snapshot NAME to TARGET, a new file, or with --in-place an existing file or block device.
 
     "-" is standard output: for raw, vhd and vmdk.
     """
-    as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
+    written_format = image_files.format_of(target, written_format)
+    as_image = image_files.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     from snapcore.cli import pooled
-    from snapcore.pool import Pool
 
-    with Pool.open(place, read_only=True) as found:
+    with pooled.opened(place, keys.regions(), read_only=True) as found:
         wanted = pooled.find(found, name)
         if as_image:
             with output.bar() as progress:
-                written = images.write(wanted, target, written_format, packing, place, progress)
+                written = image_files.write(wanted, target, written_format, packing, place, progress)
             named: dict[str, object] = {"id": wanted.id, "name": wanted.name, "target": target}
-            images.say_written(written, named, "exported", as_json=as_json)
+            image_files.say_written(written, named, "exported", as_json=as_json)
             return
         with output.bar() as progress:
             done = wanted.export(target, in_place=in_place, progress=progress)

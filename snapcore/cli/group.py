@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
-from snapcore.cli import output
+from snapcore.cli import image_files, output
 from snapcore.cli.unlocking import Unlocking, chain_options, key_options
-from snapcore.errors import DamagedError, NotFoundError
+from snapcore.errors import NotFoundError
+from snapcore.source import formats
 
 if TYPE_CHECKING:
     from snapcore.pool import Snapshot
-    from snapcore.repository import KeyChoice, Repository
+    from snapcore.repository import KeyChoice, Manifest, Repository
 
 _disks_option = click.option("--disk", "disks", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
 
@@ -51,13 +54,13 @@ def create(
     as_json: bool,
 ) -> None:
     """Cut a snapshot of each DISK, all at one instant."""
-    from snapcore.cli import lazy, pooled
+    from snapcore.cli import pooled
     from snapcore.pool import Pool
     from snapcore.service import Archives, Hooks
     from snapcore.service import group as groups
 
     repository = None if repo is None else keys.open(repo)
-    with Pool.open(place, regions=lazy.open_region) as found, Archives(found) as archives:
+    with Pool.open(place, regions=keys.regions()) as found, Archives(found) as archives:
         hooks = Hooks(freeze, thaw, timeout)
         started = time.monotonic()
         made = groups.cut(found, archives.journal, [found.open_disk(disk) for disk in disks], name, hooks)
@@ -222,31 +225,47 @@ def rollback(ref: str, place: str, disks: tuple[str, ...], as_json: bool) -> Non
 @group.command()
 @click.argument("ref", metavar="GROUP")
 @output.repository_option
-@click.option("-p", "--pool", required=True, envvar="SNAPCORE_POOL", metavar="DIR", help="The pool.")
+@click.option("-p", "--pool", envvar="SNAPCORE_POOL", metavar="DIR", help="To disks of this pool.")
+@click.option("--to", "folder", metavar="DIR", help="To image files in this folder, called as the disks.")
 @_disks_option
-@click.option("--in-place", is_flag=True, help="The disks exist: write only what differs.")
+@click.option("--in-place", is_flag=True, help="The disks, or raw images, exist: write only what differs.")
+@click.option("--format", "written_format", type=click.Choice(formats.WRITTEN_FORMATS), help="Of files. Default: raw.")
+@image_files.packing_option
 @key_options
 @output.json_option
 def restore(
-    ref: str, place: str, pool: str, disks: tuple[str, ...], in_place: bool, keys: Unlocking, as_json: bool
+    ref: str,
+    place: str,
+    pool: str | None,
+    folder: str | None,
+    disks: tuple[str, ...],
+    in_place: bool,
+    written_format: str | None,
+    packing: str | None,
+    keys: Unlocking,
+    as_json: bool,
 ) -> None:
-    """Restore the members of an archived group to disks of a pool; with --json one object a line."""
-    from snapcore.cli import archiving, lazy
-    from snapcore.pool import Pool
-    from snapcore.service import into_disk, into_new_disk
+    """Restore the members of an archived group to disks of a pool, or to files; with --json one object a line."""
+    named = click.get_current_context().get_parameter_source("pool") is ParameterSource.COMMANDLINE
+    if (folder is None and pool is None) or (folder is not None and named):
+        raise click.UsageError("give one place: a pool (-p DIR), or a folder for image files (--to DIR)")
+    if folder is None and (written_format is not None or packing is not None):
+        raise click.UsageError("--format and --packing are for files (--to DIR)")
+    from snapcore.service import group as groups
 
     repository = keys.open(place)
     wanted = repository.group(ref)
-    unknown = {*disks} - {item.disk for item in wanted.members}
-    if unknown:
-        raise NotFoundError(f"group {wanted.id} has no snapshot of {', '.join(sorted(unknown))}")
-    # All are looked for before anything is written.
-    chosen = [(item.disk, repository.find(item.snapshot)) for item in wanted.members if not disks or item.disk in disks]
-    for name, snapshot in chosen:
-        # What is sealed says itself where it belongs, whatever somebody made of the group.
-        if (snapshot.disk, snapshot.group) != (name, wanted.id):
-            raise DamagedError(f"group {wanted.id} names {snapshot.id} as of {name}, and that says otherwise")
-    with Pool.open(pool, regions=lazy.open_region) as found:
+    chosen = groups.chosen(repository, wanted, disks)
+    if folder is not None:
+        _to_files(
+            repository, chosen, folder, written_format or formats.RAW, packing, in_place=in_place, as_json=as_json
+        )
+        return
+    from snapcore.cli import archiving
+    from snapcore.pool import Pool
+    from snapcore.service import into_disk, into_new_disk
+
+    with Pool.open(str(pool), regions=keys.regions()) as found:
         existing = {name: found.open_disk(name) for name, _ in chosen} if in_place else {}
         with found.holding([*existing.values()], f"the restore of group {wanted.id}"):
             pass
@@ -262,12 +281,55 @@ def restore(
                 click.echo(f"restored {output.text(name)}: {output.size(done.written_bytes)} written")
 
 
+def _to_files(
+    repository: Repository,
+    chosen: list[tuple[str, Manifest]],
+    folder: str,
+    written_format: str,
+    packing: str | None,
+    *,
+    in_place: bool,
+    as_json: bool,
+) -> None:
+    from snapcore.service import group as groups
+    from snapcore.service.files import write_all
+
+    files = groups.files(chosen, folder, written_format)
+    image_files.check_target(files[0][2], written_format, packing, in_place=in_place, as_json=as_json)
+    if in_place:
+        missing = [path for _, _, path in files if not os.path.exists(path)]
+        if missing:
+            raise NotFoundError(f"there is no {', '.join(missing)} to restore into; leave --in-place out for new files")
+        for name, snapshot, path in files:
+            with output.bar() as progress:
+                done = repository.restore(snapshot, path, in_place=True, progress=progress)
+            facts = {"disk": name, "snapshot": snapshot.id, "target": path, "written_bytes": done.written_bytes}
+            if as_json:
+                output.print_json(facts)
+            else:
+                click.echo(output.text(f"restored {path}: {output.size(done.written_bytes)} written"))
+        return
+    with output.bar() as progress:
+        written = write_all(
+            repository,
+            [(snapshot, path) for _, snapshot, path in files],
+            written_format,
+            compression=packing,
+            forbidden_folder=repository.url,
+            progress=progress,
+        )
+    for (name, snapshot, path), image in zip(files, written, strict=True):
+        facts = {"disk": name, "snapshot": snapshot.id, "target": path}
+        image_files.say_written(image, facts, "restored", as_json=as_json)
+
+
 @group.command()
 @click.argument("ref", metavar="GROUP")
 @output.place_option
+@click.option("--force", is_flag=True, help="Also one with snapshots that lazy disks still need (`snapcore pin`).")
 @key_options
 @output.json_option
-def delete(ref: str, place: output.Place, keys: Unlocking, as_json: bool) -> None:
+def delete(ref: str, place: output.Place, force: bool, keys: Unlocking, as_json: bool) -> None:
     """Delete a group with its snapshots; in a repository also what is left of one that was never complete."""
     if place.is_pool:
         from snapcore.pool import Pool
@@ -282,7 +344,7 @@ def delete(ref: str, place: output.Place, keys: Unlocking, as_json: bool) -> Non
     else:
         from snapcore.service import group as groups
 
-        gone_id, gone = groups.delete(keys.open(place.path), ref)
+        gone_id, gone = groups.delete(keys.open(place.path), ref, force=force)
     if as_json:
         output.print_json({"deleted": gone_id, "snapshots": gone})
     else:

@@ -11,6 +11,7 @@ import tempfile
 import click
 
 from snapcore.cli import output
+from snapcore.cli.unlocking import Unlocking, key_options
 from snapcore.errors import NotFoundError, StoreError
 
 _FILE = "disk"
@@ -21,17 +22,17 @@ _FILE = "disk"
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
 @output.pool_option
 @click.option("--read-only", is_flag=True, help="Let nobody write.")
+@key_options
 @output.json_option
-def nbd_mount(name: str, folder: str, place: str, read_only: bool, as_json: bool) -> None:
+def nbd_mount(name: str, folder: str, place: str, read_only: bool, keys: Unlocking, as_json: bool) -> None:
     """Show DISK as the file DIR/disk until it is unmounted, or SIGTERM or SIGINT comes. Needs nbdfuse.
 
     DISK is the name of an export, as for `snapcore serve`. The file can be put under a loop device.
     """
     from urllib.parse import quote
 
-    from snapcore.cli import lazy
+    from snapcore.cli import pooled
     from snapcore.cli.serving import until_told
-    from snapcore.pool import Pool
     from snapcore.server.nbd import NbdServer
 
     nbdfuse = shutil.which("nbdfuse")
@@ -40,7 +41,7 @@ def nbd_mount(name: str, folder: str, place: str, read_only: bool, as_json: bool
     path = os.path.join(folder, _FILE)
     with (
         until_told() as told,
-        Pool.open(place, read_only=read_only, regions=lazy.open_region) as pool,
+        pooled.opened(place, keys.regions(), read_only=read_only) as pool,
         tempfile.TemporaryDirectory(prefix="snapcore-") as private,
     ):
         where = os.path.join(private, "nbd")

@@ -158,6 +158,28 @@ class Size(click.ParamType[int]):
             self.fail(f"{value!r} is no size; give bytes, or 64K, 20G, …", param, ctx)
 
 
+class Hydrate(click.ParamType[float]):
+    """How the rest of a lazy disk is fetched: bytes in a second, 0 (`full`) as fast as it goes, less (`off`) not."""
+
+    name = "hydrate"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The rate."""
+        words = {"full": 0.0, "off": -1.0}
+        if str(value) in words:
+            return words[str(value)]
+        rate = Size().convert(value, param, ctx)
+        if rate <= 0:
+            self.fail(f"{value!r} is no rate; give bytes in a second, like 50M, or full, or off", param, ctx)
+        return float(rate)
+
+
+def hydrate_option(text: str, default: str | None) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """`--hydrate RATE|full|off`."""
+    words, shown = "RATE|full|off", default is not None
+    return click.option("--hydrate", type=Hydrate(), default=default, metavar=words, show_default=shown, help=text)
+
+
 rate_option = click.option(
     "--rate",
     type=Size(),

@@ -9,8 +9,29 @@ from snapcore.cli import output
 from snapcore.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
-    from snapcore.pool import Disk, Pool, Snapshot
+    from snapcore.pool import Disk, Pool, Regions, Snapshot
     from snapcore.service.journal import Journal
+
+
+def opened(place: str, regions: Regions, *, read_only: bool) -> Pool:
+    """A pool to read from. With lazy disks that are not all here it is opened as its owner: what is read is kept."""
+    from snapcore.pool import Pool
+
+    found = Pool.open(place, read_only=read_only, regions=regions)
+    if not read_only or found.is_whole:
+        return found
+    found.close()
+    return Pool.open(place, regions=regions)
+
+
+def hydrate(pool: Pool, rate: float | None) -> None:
+    """Fetch the rest of lazy disks in the background: at a rate (0: none, below 0: not at all), or as planned."""
+    if pool.read_only:
+        return
+    for disk in pool.disks() if rate is not None else ():
+        if rate is not None:
+            pool.plan_hydration(disk, rate if rate >= 0 else None)
+    pool.resume_hydration()
 
 
 def find(pool: Pool, ref: str) -> Disk | Snapshot:

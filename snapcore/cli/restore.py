@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from snapcore.cli import images, output
+from snapcore.cli import image_files, output
 from snapcore.cli.unlocking import Unlocking, key_options
 
 
@@ -16,8 +16,8 @@ from snapcore.cli.unlocking import Unlocking, key_options
 @click.option("-p", "--pool", metavar="DIR", help="Restore into a disk of this pool.")
 @click.option("--in-place", is_flag=True, help="TARGET exists: write only what differs.")
 @click.option("--allow-damaged", is_flag=True, help="Write zeros where the repository is damaged, and list them.")
-@images.written_format_option
-@images.packing_option
+@image_files.written_format_option
+@image_files.packing_option
 @output.json_option
 def restore(
     snapshot: str,
@@ -27,7 +27,7 @@ def restore(
     pool: str | None,
     in_place: bool,
     allow_damaged: bool,
-    written_format: str,
+    written_format: str | None,
     packing: str | None,
     as_json: bool,
 ) -> None:
@@ -37,21 +37,24 @@ def restore(
     existing one.
     """
     if pool is not None:
-        if allow_damaged or written_format != "raw" or packing is not None:
+        if allow_damaged or written_format is not None or packing is not None:
             raise click.UsageError("--allow-damaged and the options of formats are for images, not for disks of a pool")
         from snapcore.cli import archiving
 
-        archiving.restore(pool, keys.open(place), snapshot, target, in_place=in_place, as_json=as_json)
+        archiving.restore(
+            pool, keys.open(place), snapshot, target, regions=keys.regions(), in_place=in_place, as_json=as_json
+        )
         return
-    as_image = images.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
+    written_format = image_files.format_of(target, written_format)
+    as_image = image_files.check_target(target, written_format, packing, in_place=in_place, as_json=as_json)
     if as_image and allow_damaged:
         raise click.UsageError("--allow-damaged is for raw images in files and devices")
     found = keys.open(place)
     wanted = found.find(snapshot)
     if as_image:
         with found.open_snapshot(wanted) as reader, output.bar() as progress:
-            written = images.write(reader, target, written_format, packing, place, progress)
-        images.say_written(written, {"snapshot": wanted.id, "target": target}, "restored", as_json=as_json)
+            written = image_files.write(reader, target, written_format, packing, place, progress)
+        image_files.say_written(written, {"snapshot": wanted.id, "target": target}, "restored", as_json=as_json)
         return
     with output.bar() as progress:
         done = found.restore(wanted, target, in_place=in_place, allow_damaged=allow_damaged, progress=progress)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from snapcore.cli import output
+from snapcore.cli.unlocking import Unlocking, key_options
 from snapcore.errors import UsageError
 
 if TYPE_CHECKING:
+    from snapcore.pool import RegionEvent
     from snapcore.server.nbd import Event, Rule, Tls
 
 _printing = threading.Lock()
@@ -48,6 +50,8 @@ _printing = threading.Lock()
     help="An I/O error for what waits so long for its medium; 0: never.",
 )
 @click.option("--socket-mode", default="600", show_default=True, metavar="OCTAL", help="Permissions of Unix sockets.")
+@output.hydrate_option("Fetch the rest of all lazy disks at this rate. Default: as they were made.", None)
+@key_options
 @output.json_option
 def serve(
     place: str | None,
@@ -66,6 +70,8 @@ def serve(
     idle_timeout: float,
     request_timeout: float,
     socket_mode: str,
+    hydrate: float | None,
+    keys: Unlocking,
     as_json: bool,
 ) -> None:
     """Serve a pool's disks and snapshots over NBD until SIGTERM or SIGINT comes.
@@ -73,20 +79,19 @@ def serve(
     An export is called DISK, @SNAPSHOT or DISK@SNAPSHOT; with ?cow behind a snapshot, clients write to a throw-away
     disk. With --json, what happens is printed as one object a line.
     """
-    from snapcore.cli import lazy
+    from snapcore.cli import pooled
     from snapcore.cli.serving import until_told
-    from snapcore.pool import Pool
     from snapcore.server.nbd import NbdServer, listening
 
     if place is None and not images:
         raise click.UsageError("give a pool (-p DIR) or images (--image NAME=PATH), or both")
     listeners = [] if listen else listening.activated(os.environ)
     with until_told() as told, contextlib.ExitStack() as open_:
-        pool = (
-            None
-            if place is None
-            else open_.enter_context(Pool.open(place, read_only=read_only, regions=lazy.open_region))
-        )
+        pool = None
+        if place is not None:
+            regions = keys.regions(_print_region if as_json else None)
+            pool = open_.enter_context(pooled.opened(place, regions, read_only=read_only))
+            pooled.hydrate(pool, hydrate)
         server = NbdServer(
             pool,
             listen=listen or (() if listeners else (listening.default_address(),)),
@@ -131,6 +136,13 @@ def _print_event(event: Event) -> None:
     # Nobody reads any more: that is no reason to end a client's connection.
     with contextlib.suppress(OSError):
         _say(facts, "", as_json=True)
+
+
+def _print_region(event: RegionEvent) -> None:
+    facts: dict[str, object] = {"event": f"region-{event.kind}", "region": event.region.url}
+    facts["snapshot"] = event.region.snapshot
+    with contextlib.suppress(OSError):
+        _say(facts | ({"reason": event.reason} if event.reason else {}), "", as_json=True)
 
 
 def _rules(words: tuple[str, ...], *, read_only: bool = False) -> list[Rule]:

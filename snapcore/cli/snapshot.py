@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from snapcore.cli import images, output
+from snapcore.cli import image_files, output
 from snapcore.cli.unlocking import KEY_OPTIONS, Unlocking, chain_options, key_options
 from snapcore.source import formats
 
@@ -40,7 +40,7 @@ def snapshot() -> None:
     type=click.Choice(formats.READ_FORMATS),
     help="Of IMAGE. Default: what its name says; any other name means raw.",
 )
-@images.backing_option
+@image_files.backing_option
 @click.option("--compression", type=click.Choice(["lz4", "zstd", "none"]), help="Default: the repository's.")
 @click.option("--name", "label", help="A name to find the snapshot by.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="May be given several times.")
@@ -89,6 +89,7 @@ def create(
             disk,
             output.tag_pairs(tags),
             key=key,
+            regions=keys.regions(),
             rate=rate,
             keep_local=keep_local,
             as_json=as_json,
@@ -104,9 +105,11 @@ def create(
         raise click.UsageError("--rate and --keep-local are for disks of a pool that are archived")
     if disk is None:
         raise click.UsageError("Missing option '--disk': the name of the disk that IMAGE is of")
+    from snapcore.source import open_as_named
+
     found = keys.open(str(repo))
     with (
-        images.opened_for_snapshot(image, read_format, backing_folders, allow_changing=allow_changing) as source,
+        open_as_named(image, read_format, backing_folders=backing_folders, allow_changing=allow_changing) as source,
         output.bar() as progress,
     ):
         done = found.snapshot(
@@ -182,7 +185,7 @@ def archive(
         raise click.UsageError("--key and --no-key are for snapshots that are named; what was begun has its key")
     from snapcore.cli import archiving
 
-    archiving.archive(pool, keys.open(place), refs, key=key, rate=rate, as_json=as_json)
+    archiving.archive(pool, keys.open(place), refs, key=key, regions=keys.regions(), rate=rate, as_json=as_json)
 
 
 @snapshot.command("list")
@@ -285,18 +288,21 @@ def diff(a: str, b: str, place: output.Place, keys: Unlocking, as_json: bool) ->
 @snapshot.command()
 @click.argument("ids", metavar="ID…", nargs=-1, required=True)
 @output.place_option
+@click.option("--force", is_flag=True, help="In a repository: also those that lazy disks still need (`snapcore pin`).")
 @key_options
 @output.json_option
-def delete(ids: tuple[str, ...], place: output.Place, keys: Unlocking, as_json: bool) -> None:
+def delete(ids: tuple[str, ...], place: output.Place, force: bool, keys: Unlocking, as_json: bool) -> None:
     """Delete snapshots, in any order. In a repository `snapcore repo collect` frees their space."""
     if place.is_pool:
+        if force:
+            raise click.UsageError("--force is for snapshots in a repository")
         from snapcore.cli import snapshot_pool
 
         snapshot_pool.delete(place.path, ids, as_json=as_json)
         return
     found = keys.open(place.path)
     for item in ids:
-        gone = found.delete(item)
+        gone = found.delete(item, force=force)
         if as_json:
             output.print_json({"deleted": gone})
         else:

@@ -17,7 +17,9 @@ from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from snapcore.keys import Holder
+    from snapcore.pool import RegionEvent
     from snapcore.repository import KeyChoice, Repository
+    from snapcore.service import Regions
 
 _OPTIONS = {
     "key_file": ("--key-file", "SNAPCORE_KEY_FILE", "FILE", "Unlock the keys that this key file opens."),
@@ -72,6 +74,12 @@ class Unlocking:
             for repository in found:
                 _ask(repository)
         return found
+
+    def regions(self, on_event: Callable[[RegionEvent], None] | None = None) -> Regions:
+        """Where lazy disks of a pool are filled from: what is sealed there is read with the same keys."""
+        from snapcore.service import Regions
+
+        return Regions(self.holders(), on_event=on_event)
 
     def holders(self) -> list[Holder]:
         """What the words of the command name, else what the environment does."""

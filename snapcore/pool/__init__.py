@@ -6,8 +6,9 @@ from snapcore.pool.catalog import Region
 from snapcore.pool.check import Checked, check
 from snapcore.pool.compact import Compacted
 from snapcore.pool.disk import Allocation, Disk, Snapshot
-from snapcore.pool.lazy import Hydration
-from snapcore.pool.pool import Pool
+from snapcore.pool.hydration import Hydration
+from snapcore.pool.pool import NewDisk, Pool
+from snapcore.pool.regions import RegionEvent, Regions
 from snapcore.pool.transfer import Exported
 from snapcore.pool.usage import PoolUsage, VersionUsage
 
@@ -18,9 +19,12 @@ __all__ = [
     "Disk",
     "Exported",
     "Hydration",
+    "NewDisk",
     "Pool",
     "PoolUsage",
     "Region",
+    "RegionEvent",
+    "Regions",
     "Snapshot",
     "VersionUsage",
     "check",

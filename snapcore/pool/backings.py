@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from snapcore.pool.catalog import Backing
 from snapcore.pool.files import Files
-from snapcore.pool.lazy import FOLDER, LazyImage, Regions
+from snapcore.pool.hydration import Hydrator
+from snapcore.pool.lazy import FOLDER, LazyImage
+from snapcore.pool.regions import Regions
 from snapcore.presence import Presence
 from snapcore.source.interface import Source
 
@@ -41,24 +43,27 @@ class Backings:
 
     Attributes
     ----------
-    regions : callable or None
-        Opens the snapshot that a `Region` names.
+    regions : Regions or None
     """
 
-    def __init__(self, files: Files, regions: Regions | None) -> None:
+    def __init__(self, files: Files, regions: Regions | None, decoupled: frozenset[int] = frozenset()) -> None:
         self.regions = regions
+        # Those of which the log says, but the catalog does not yet, that they need no region.
+        self._decoupled = decoupled
         self._files = files
         self._descriptors: dict[int, int] = {}
         self._lazy: dict[int, LazyImage] = {}
+        self._hydrators: dict[int, Hydrator] = {}
         # Closed when nobody can be reading any more, and removed when no log refers to them.
         self._leaving: list[Leaving] = []
+        self._taken: list[Leaving] = []
 
     def open(self, record: Backing) -> Opened:
         """The image of a record; opened when it is needed first."""
-        if record.region is not None:
+        if record.region is not None and record.id not in self._decoupled:
             image = self._lazy.get(record.id)
             if image is None:
-                image = self._lazy[record.id] = LazyImage(self._files, record, self.regions)
+                image = self._add(LazyImage(self._files, record, self.regions))
             descriptor = image.descriptor if image.descriptor >= 0 else LOST_BACKING
             return Opened(descriptor, record.size_bytes, 0, image.presence, image.fetch)
         if self._descriptors.get(record.id, LOST_BACKING) == LOST_BACKING:
@@ -83,9 +88,16 @@ class Backings:
         before = self._lazy.pop(record.id, None)
         if before is not None:
             before.close()
-        image = LazyImage(self._files, record, self.regions)
-        image.use(source)
-        self._lazy[record.id] = image
+        self._add(LazyImage(self._files, record, self.regions)).use(source)
+
+    def _add(self, image: LazyImage) -> LazyImage:
+        self._lazy[image.record.id] = image
+        self._hydrators[image.record.id] = Hydrator(image)
+        return image
+
+    def hydrator(self, number: int) -> Hydrator | None:
+        """What fetches the rest of the image of that number if it fills up."""
+        return self._hydrators.get(number)
 
     def lazy(self, number: int) -> LazyImage | None:
         """The image of that number if it fills up."""
@@ -101,19 +113,27 @@ class Backings:
 
     def forget(self, record: Backing) -> None:
         """No version refers to an image any more."""
-        image = self._lazy.pop(record.id, None)
+        image, hydrator = self._lazy.pop(record.id, None), self._hydrators.pop(record.id, None)
         if image is not None:
             image.stop_soon()
+        if hydrator is not None:
+            hydrator.stop_soon()
         self._leaving.append((self._descriptors.pop(record.id, LOST_BACKING), image, record))
 
     def take_leaving(self) -> list[Leaving]:
         """What was forgotten up to now; to be handed to `release`, or to `keep_leaving` when that must wait."""
-        leaving, self._leaving = self._leaving, []
+        leaving = self._taken = self._leaving
+        self._leaving = []
         return leaving
 
     def keep_leaving(self, leaving: list[Leaving]) -> None:
         """A checkpoint failed: another time."""
         self._leaving += leaving
+        self._taken = []
+
+    def leaving(self) -> list[Backing]:
+        """Records of images that were forgotten and that the last checkpoint knows. Takes no lock."""
+        return [record for _, _, record in [*self._leaving, *self._taken]]
 
     def release(self, leaving: Iterable[Leaving]) -> None:
         """Close images that no reader looks at, and remove those of the pool's own, which no log refers to."""
@@ -124,6 +144,7 @@ class Backings:
                 os.close(descriptor)
             if record.is_own:
                 self._remove(paths_of(record))
+        self._taken = []
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
@@ -157,11 +178,15 @@ class Backings:
 
     def stop(self) -> None:
         """Who waits for a region does so no longer."""
+        for hydrator in [*self._hydrators.values()]:
+            hydrator.stop_soon()
         for image in [*self._lazy.values()]:
             image.stop_soon()
 
     def close(self) -> None:
         """Close all; nobody reads any more."""
+        for hydrator in self._hydrators.values():
+            hydrator.stop()
         for descriptor, image, _ in self._leaving:
             if image is not None:
                 image.close()
@@ -174,6 +199,7 @@ class Backings:
                 os.close(descriptor)
         self._leaving = []
         self._lazy.clear()
+        self._hydrators.clear()
         self._descriptors.clear()
 
 

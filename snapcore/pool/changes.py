@@ -22,6 +22,8 @@ _NAME = re.compile(r"[^\W\d_][^\x00-\x1f/]{0,127}")
 
 Result = TypeVar("Result")
 Prepared = tuple[events.Event, list[int], Result]
+# Name, size, and a snapshot, an image that fills up, or nothing.
+Wanted = tuple[str, int | None, Version | Backing | None]
 
 
 def check_new_name(catalog: Catalog, folder: str, name: str) -> None:
@@ -94,8 +96,24 @@ def lazy_image(catalog: Catalog, region: Region, size_bytes: int, used: int) -> 
 
 
 def _new_disk(catalog: Catalog, name: str, size_bytes: int, parent: int, backing: Backing | None) -> Prepared[int]:
-    number, version = catalog.next_id, catalog.next_id + 1
-    return events.MakeDisk(number, version, name, size_bytes, time.time_ns(), parent, backing), [], number
+    number = catalog.next_id
+    return _making(number, name, size_bytes, parent, backing), [], number
+
+
+def _making(number: int, name: str, size_bytes: int, parent: int, backing: Backing | None) -> events.MakeDisk:
+    return events.MakeDisk(number, number + 1, name, size_bytes, time.time_ns(), parent, backing)
+
+
+def make_disks(catalog: Catalog, wanted: Sequence[Wanted]) -> Prepared[list[int]]:
+    """Several disks in one event; the result is their numbers, two after each other for each disk."""
+    made = []
+    for place, (name, size_bytes, source) in enumerate(wanted):
+        called = None if source is None else f"what disk {name!r} is made from"
+        size = _checked_size(name, size_bytes, 0 if source is None else source.size_bytes, called)
+        parent = source.id if isinstance(source, Version) else 0
+        backing = source if isinstance(source, Backing) else None
+        made.append(_making(catalog.next_id + 2 * place, name, size, parent, backing))
+    return events.MakeDisks(made), [], [item.disk for item in made]
 
 
 def _backing(path: str, number: int) -> Backing:

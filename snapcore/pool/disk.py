@@ -21,7 +21,8 @@ from snapcore.pages import Failure
 from snapcore.pool import transfer
 from snapcore.pool.engine import Engine
 from snapcore.pool.failures import typed
-from snapcore.pool.lazy import Hydration, LazyImage
+from snapcore.pool.hydration import Hydration
+from snapcore.pool.lazy import LazyImage
 from snapcore.pool.transfer import Exported
 from snapcore.progress import ProgressCallback
 from snapcore.volume import Volume
@@ -135,10 +136,13 @@ class Readable(abc.ABC):
         image = None if record is None else self._engine.catalog.backings.get(record.backing)
         return None if image is None or image.region is None else self._engine.versions.backings.lazy(image.id)
 
-    def _do(self, function: Callable[..., Result], *arguments: object) -> Result:
-        """Call the kernel; make room and try again where that helps."""
+    def _do(self, function: Callable[..., Result], *arguments: object, refusal: BaseException | None = None) -> Result:
+        """Call the kernel, or go on from what it answered; make room and try again where that helps."""
         for left in range(_TRIES, -1, -1):
             try:
+                if refusal is not None:
+                    before, refusal = refusal, None
+                    raise before
                 return function(*arguments)
             except Failure as failure:
                 if left and self._engine.retry(failure):
@@ -178,8 +182,8 @@ class Readable(abc.ABC):
         """
         try:
             return self._volume.pread_into(buffer, offset_bytes)
-        except _REFUSALS:
-            return self._do(self._volume.pread_into, buffer, offset_bytes)
+        except _REFUSALS as refusal:
+            return self._do(self._volume.pread_into, buffer, offset_bytes, refusal=refusal)
 
     def pread(self, length_bytes: int, offset_bytes: int) -> bytes:
         """Bytes at an offset; fewer at the end."""
@@ -391,8 +395,8 @@ class Disk(Readable):
         """
         try:
             written = self._volume.pwrite(data, offset_bytes)
-        except _REFUSALS:
-            written = self._do(self._volume.pwrite, data, offset_bytes)
+        except _REFUSALS as refusal:
+            written = self._do(self._volume.pwrite, data, offset_bytes, refusal=refusal)
         if fua:
             self.flush()
         return written
@@ -437,7 +441,8 @@ class Disk(Readable):
         """How much is here of the snapshot in a region that it reads from; None where there is none."""
         with self._engine.reading():
             image = self._lazy()
-            return None if image is None else image.hydration
+            hydrator = None if image is None else self._engine.versions.backings.hydrator(image.record.id)
+            return None if hydrator is None else hydrator.state
 
     def hydrate(
         self, rate: float | None = None, *, wait: bool = False, progress: ProgressCallback | None = None

@@ -22,6 +22,7 @@ from snapcore.pool.backings import Leaving
 from snapcore.pool.catalog import Catalog
 from snapcore.pool.failures import typed
 from snapcore.pool.files import Files
+from snapcore.pool.holds import Holds
 from snapcore.pool.recovery import Opened
 from snapcore.pool.superblock import LAZY
 from snapcore.volume import Volume, close_gates, open_gates
@@ -39,6 +40,8 @@ class Engine:
     ----------
     limit_bytes : int
         Of used blocks; 0 is none.
+    holds : Holds or None
+        What it wants of regions; None when it was opened for reading only.
     """
 
     def __init__(self, files: Files, opened: Opened, *, read_only: bool, background: bool) -> None:
@@ -55,9 +58,12 @@ class Engine:
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
         self._closed = False
+        self.holds: Holds | None = None
         if not read_only:
             self.checkpointer.keep_back(self.core)
             self._begin(opened)
+            pool_id, regions = opened.checkpointer.superblock.uuid.hex(), self.versions.backings.regions
+            self.holds = Holds(files.folder, pool_id, files.medium, regions, self.versions.regions_needed)
             if background:
                 self._keeper = threading.Thread(target=self._keep, name="snapcore-pool", daemon=True)
                 self._keeper.start()
@@ -242,6 +248,8 @@ class Engine:
             # It waits for who reads, of images too.
             space.reclaim(self.core)
             backings.release(leaving)
+        if self.holds is not None:
+            self.holds.settle()
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -351,6 +359,8 @@ class Engine:
                     self.sweep()
                     self.checkpoint(clean=True)
                 self.versions.backings.save()
+                if self.holds is not None:
+                    self.holds.wait()
             finally:
                 self.abandon()
 
@@ -359,6 +369,8 @@ class Engine:
         self._stop.set()
         if self._keeper is not None:
             self._keeper.join()
+        if self.holds is not None:
+            self.holds.close()
         with self._checkpoint_lock, self._lock:
             self._closed = True
             # Descriptors may be another file's from here on.

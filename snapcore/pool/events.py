@@ -22,6 +22,12 @@ class MakeDisk(msgspec.Struct, tag="disk", forbid_unknown_fields=True):
     backing: Backing | None = None
 
 
+class MakeDisks(msgspec.Struct, tag="disks", forbid_unknown_fields=True):
+    """Several new disks: all or none."""
+
+    disks: list[MakeDisk]
+
+
 class Cut(msgspec.Struct, tag="cut", forbid_unknown_fields=True):
     """Snapshots at one instant: (disk, new version, name) each; `group` 0 is none."""
 
@@ -95,7 +101,7 @@ class Sweep(msgspec.Struct, tag="sweep", forbid_unknown_fields=True):
     version: int
 
 
-Event = MakeDisk | Cut | Clone | Rehead | Resize | Rename | Delete | DeleteDisk | Decouple | Sweep
+Event = MakeDisk | MakeDisks | Cut | Clone | Rehead | Resize | Rename | Delete | DeleteDisk | Decouple | Sweep
 
 _decoder = msgspec.msgpack.Decoder(Event)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,19 +31,40 @@ from snapcore.pool.checkpoint import first_map
 from snapcore.pool.compact import Compacted, compact
 from snapcore.pool.disk import Disk, Readable, Snapshot, SnapshotRef
 from snapcore.pool.engine import Engine
-from snapcore.pool.lazy import Regions, wait_for
+from snapcore.pool.holds import key_of
+from snapcore.pool.regions import Regions
 from snapcore.pool.superblock import Superblock, checksum, new_uuid
 from snapcore.pool.usage import PoolUsage, measure
 from snapcore.progress import ProgressCallback
 from snapcore.source import interface as images
+from snapcore.source.formats import RAW
+from snapcore.source.image import check_raw
 
 VersionRef = Snapshot | Disk | str | int
 Source = Snapshot | Disk | Region | str | os.PathLike[str]
 
 MAX_GROUP = 128
+MAX_MADE = 1024
 _LOG_BYTES = 8 << 20
 _CACHE_BYTES = 256 << 20
 _DIFF_RUNS = 1 << 16
+
+
+class NewDisk(NamedTuple):
+    """One of several disks that are made at once.
+
+    Attributes
+    ----------
+    name : str
+    size_bytes : int, optional
+        By default that of the source.
+    source : Snapshot or Region, optional
+        What it holds at first; nothing: an empty disk.
+    """
+
+    name: str
+    size_bytes: int | None = None
+    source: Snapshot | Region | None = None
 
 
 class Pool:
@@ -134,8 +156,8 @@ class Pool:
             Does all persistent operations; tests record them.
         background : bool
             Checkpoints come in time from a thread of the pool's own. Without it they come when the log is full.
-        regions : callable, optional
-            Gets a `Region` and returns a `Source`: the snapshot there, which lazy disks are filled from.
+        regions : Regions, optional
+            Where lazy disks are filled from: `snapcore.service.Regions()`, or your own.
 
         Raises
         ------
@@ -186,6 +208,14 @@ class Pool:
     def read_only(self) -> bool:
         """Whether it was opened so."""
         return self._engine.read_only
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no disk or snapshot needs a region for what it holds."""
+        with self._reading() as catalog:
+            lazy = [record.id for record in catalog.backings.values() if record.region is not None]
+            images = [self._engine.versions.backings.lazy(number) for number in lazy]
+        return all(image is not None and image.is_whole for image in images)
 
     @property
     def limit_bytes(self) -> int:
@@ -277,7 +307,14 @@ class Pool:
 
     # Making
 
-    def create_disk(self, name: str, size_bytes: int | None = None, source: Source | None = None) -> Disk:
+    def create_disk(
+        self,
+        name: str,
+        size_bytes: int | None = None,
+        source: Source | None = None,
+        *,
+        image_format: str | None = None,
+    ) -> Disk:
         """Make a disk, in constant time.
 
         Parameters
@@ -291,16 +328,24 @@ class Pool:
             str with the path of a raw image: the disk reads from the image what it has not got itself, so the image
             must stay where and as it is; `import_image` copies instead. A `Region`: what a snapshot in a
             repository holds; it can be used at once, and what is read first is fetched first.
+        image_format : str, optional
+            "raw": the image is raw whatever its name and its first bytes say.
 
         Raises
         ------
         ExistsError
             There is a disk of that name.
+        RefusedError
+            The image is of another format than raw, by its name or its first bytes.
         UsageError
             No size, or one smaller than the source.
         """
         self._writable(f"making disk {name!r}")
+        if image_format not in (None, RAW):
+            raise UsageError(f"only raw images can be under a disk, not {image_format}; import it instead")
         found = self._source(source)
+        if isinstance(found, str) and image_format is None:
+            check_raw(found)
         if isinstance(found, Disk):
             return self._clone(found, name, size_bytes)
         if isinstance(found, Region):
@@ -317,25 +362,74 @@ class Pool:
         number = self._engine.change(f"making disk {name!r}", prepare)
         return Disk(self, self._engine, number)
 
+    def create_disks(self, wanted: Sequence[NewDisk]) -> list[Disk]:
+        """Make several disks at once, in constant time each: after a crash there are all of them or none.
+
+        Parameters
+        ----------
+        wanted : sequence of NewDisk
+            1 to 1,024. Those that are made from one region share what is fetched.
+
+        Raises
+        ------
+        ExistsError
+            There is a disk of one of the names.
+        UsageError
+            Two of one name, no size, or one smaller than the source.
+        """
+        what = f"making {len(wanted)} disks"
+        self._writable(what)
+        if not 1 <= len(wanted) <= MAX_MADE:
+            raise UsageError(f"{what}: 1 to {MAX_MADE} are made at once")
+        names = Counter(item.name for item in wanted)
+        if len(names) < len(wanted):
+            raise UsageError(f"{what}: two are called {names.most_common(1)[0][0]!r}")
+        with self._reading() as catalog:
+            for item in wanted:
+                changes.check_new_name(catalog, self.path, item.name)
+        regions = {key_of(item.source): item.source for item in wanted if isinstance(item.source, Region)}
+        with contextlib.ExitStack() as pinned:
+            # In one order: two that make disks from the same regions do not wait for each other.
+            images = {key: pinned.enter_context(self._lazy_image(regions[key], what)) for key in sorted(regions)}
+            # Who does not know of images that fill up does not know of this event.
+            self._engine.allow_lazy()
+
+            def prepare(catalog: Catalog) -> changes.Prepared[list[int]]:
+                made: dict[tuple[str, str], Backing] = {}
+                for key, image in images.items():
+                    made[key] = image(catalog, 2 * len(wanted) + len(made))
+                found: list[changes.Wanted] = []
+                for name, size_bytes, source in wanted:
+                    changes.check_new_name(catalog, self.path, name)
+                    if isinstance(source, Region):
+                        found.append((name, size_bytes, made[key_of(source)]))
+                    else:
+                        found.append((name, size_bytes, None if source is None else self._find(catalog, source)))
+                return changes.make_disks(catalog, found)
+
+            numbers = self._engine.change(what, prepare)
+        return [Disk(self, self._engine, number) for number in numbers]
+
     def _make_lazy(self, name: str, size_bytes: int | None, region: Region) -> Disk:
         what = f"making disk {name!r}"
         with self._reading() as catalog:
             changes.check_new_name(catalog, self.path, name)
-        image = self._lazy_image(region, what)
+        with self._lazy_image(region, what) as image:
 
-        def prepare(catalog: Catalog) -> changes.Prepared[int]:
-            changes.check_new_name(catalog, self.path, name)
-            return changes.make_lazy_disk(catalog, name, size_bytes, image(catalog, 2), region.snapshot)
+            def prepare(catalog: Catalog) -> changes.Prepared[int]:
+                changes.check_new_name(catalog, self.path, name)
+                return changes.make_lazy_disk(catalog, name, size_bytes, image(catalog, 2), region.snapshot)
 
-        number = self._engine.change(what, prepare)
+            number = self._engine.change(what, prepare)
         return Disk(self, self._engine, number)
 
-    def _lazy_image(self, region: Region, what: str) -> Callable[[Catalog, int], Backing]:
-        """What finds or makes the image of a snapshot in a region, behind so many new numbers."""
-        backings = self._engine.versions.backings
-        if backings.regions is None:
+    @contextlib.contextmanager
+    def _lazy_image(self, region: Region, what: str) -> Iterator[Callable[[Catalog, int], Backing]]:
+        """What finds or makes the image of a snapshot in a region, behind so many new numbers; pinned meanwhile."""
+        backings, holds = self._engine.versions.backings, self._engine.holds
+        if backings.regions is None or holds is None:
             raise UsageError(f"{what}: the pool {self.path} was opened without regions")
-        source = backings.regions(region)
+        source = backings.regions.open(region)
         if not 0 < source.size_bytes <= changes.MAX_SIZE_BYTES:
             raise UsageError(f"{what}: a snapshot of {source.size_bytes} bytes cannot be under a disk")
         self._engine.allow_lazy()
@@ -349,7 +443,8 @@ class Pool:
                     raise from_os_error(error, what) from error
             return record
 
-        return image
+        with holds.pinned(region):
+            yield image
 
     def _source(self, source: Source | None) -> Snapshot | Disk | Region | str | None:
         """A snapshot, a disk, a region, or the path of an image."""
@@ -462,17 +557,18 @@ class Pool:
         """What `Disk.rollback` does; or to a snapshot that is only in a region, as a lazy disk."""
         what = f"rolling back disk {disk.name!r}"
         self._writable(what)
-        image = self._lazy_image(snapshot, what) if isinstance(snapshot, Region) else None
+        with contextlib.ExitStack() as stack:
+            image = stack.enter_context(self._lazy_image(snapshot, what)) if isinstance(snapshot, Region) else None
 
-        def prepare(catalog: Catalog) -> changes.Prepared[None]:
-            number = self._number(catalog, disk)
-            self._check_free(number, what)
-            if image is not None:
-                return changes.roll_back_to(catalog, number, image(catalog, 1))
-            assert not isinstance(snapshot, Region)
-            return changes.roll_back(catalog, number, self._find(catalog, snapshot, number))
+            def prepare(catalog: Catalog) -> changes.Prepared[None]:
+                number = self._number(catalog, disk)
+                self._check_free(number, what)
+                if image is not None:
+                    return changes.roll_back_to(catalog, number, image(catalog, 1))
+                assert not isinstance(snapshot, Region)
+                return changes.roll_back(catalog, number, self._find(catalog, snapshot, number))
 
-        self._engine.change(what, prepare)
+            self._engine.change(what, prepare)
         self._engine.sweep()
 
     def reset_disk(self, disk: Disk) -> None:
@@ -518,11 +614,48 @@ class Pool:
             return
         if self._engine.versions.backings.regions is None:
             raise UsageError(f"{what}: the pool {self.path} was opened without regions")
-        if rate is not None and not rate > 0:
-            raise UsageError(f"{what}: a rate is more than 0 bytes a second, not {rate}")
-        image.hydrate(rate)
-        if wait:
-            wait_for(image, what, progress)
+        self.plan_hydration(disk, rate or 0.0)
+        hydrator = self._engine.versions.backings.hydrator(image.record.id)
+        if hydrator is not None:
+            hydrator.start(rate)
+            if wait:
+                hydrator.wait(what, progress)
+
+    def plan_hydration(self, disk: Disk, rate: float | None) -> None:
+        """Remember, across reopening, whether the rest of a lazy disk shall be fetched; `resume_hydration` does it.
+
+        Parameters
+        ----------
+        disk : Disk
+        rate : float or None
+            Bytes in a second, 0 for as fast as it goes; None: not at all, and what runs is stopped.
+        """
+        what = f"hydrating disk {disk.name!r}"
+        self._writable(what)
+        if rate is not None and not rate >= 0:
+            raise UsageError(f"{what}: a rate is a number of bytes a second, not {rate}")
+        image, holds = disk._lazy(), self._engine.holds
+        if image is None or holds is None:
+            return
+        holds.wish(image.region, rate)
+        hydrator = self._engine.versions.backings.hydrator(image.record.id)
+        if rate is None and hydrator is not None:
+            hydrator.stop()
+
+    def resume_hydration(self) -> None:
+        """Go on with what was planned before the pool was opened, in the background."""
+        self._writable("hydrating disks")
+        backings, holds = self._engine.versions.backings, self._engine.holds
+        wishes = {} if holds is None else holds.wishes()
+        with self._reading() as catalog:
+            records = [*catalog.backings.values()]
+        for record in records:
+            image, hydrator = backings.lazy(record.id), backings.hydrator(record.id)
+            if record.region is None or image is None or hydrator is None or image.is_whole:
+                continue
+            rate = wishes.get(key_of(record.region))
+            if rate is not None and not hydrator.state.running:
+                hydrator.start(rate or None)
 
     def decouple_disk(self, disk: Disk, progress: ProgressCallback | None = None) -> None:
         """What `Disk.decouple` does."""
@@ -534,6 +667,7 @@ class Pool:
             return
         try:
             image.save()
+            image.seal()
         except OSError as error:
             raise from_os_error(error, what) from error
         number = image.record.id

@@ -24,7 +24,7 @@ from snapcore.pool.catalog import MAX_ID, Backing, Catalog
 from snapcore.pool.checkpoint import Checkpointer, get_catalog
 from snapcore.pool.failures import typed
 from snapcore.pool.files import Files
-from snapcore.pool.lazy import Regions
+from snapcore.pool.regions import Regions
 from snapcore.pool.superblock import Superblock
 from snapcore.pool.versions import Versions
 
@@ -56,8 +56,7 @@ def open_state(files: Files, cache_bytes: int, *, give_up_log: bool = False, reg
 
     Parameters
     ----------
-    regions : callable, optional
-        Opens what a region has.
+    regions : Regions, optional
     give_up_log : bool
         Leave out the log from where it is damaged on, for a repair.
     """
@@ -88,7 +87,22 @@ def _load(
         used[slot >> 6] |= np.uint64(1 << (slot & 63))
     pages = Trees(files.map, block.seed, _next_generation(block), count, used, cache_bytes)
     core = _core(files, pages, block, log, _space(files, pages, block), block.space_root)
-    return Versions(catalog, core, Backings(files, regions), writable=not files.read_only), refs
+    backings = Backings(files, regions, _decoupled(block, log, files.path("log")))
+    return Versions(catalog, core, backings, writable=not files.read_only), refs
+
+
+def _decoupled(block: Superblock, log: journal.Journal, where: str) -> frozenset[int]:
+    """Images that are all here by what the log says, though the checkpoint still knows a region of theirs.
+
+    They are opened as what they will be once the log was done again: what says how much of them is here counts no
+    more, and nothing that is wrong about it may empty them.
+    """
+    found: set[int] = set()
+    # What a log in repair has behind the damage is not done again.
+    with contextlib.suppress(DamagedError):
+        records = log.records(where) if block.must_read & superblock.LAZY else ()
+        found.update(record.backing for record in records if isinstance(record, events.Decouple))
+    return frozenset(found)
 
 
 def _load_catalog(files: Files, block: Superblock, cache_bytes: int) -> tuple[Catalog, list[int], bytes]:
@@ -224,9 +238,11 @@ def _check_event(event: events.Event, catalog: Catalog) -> None:
     new: list[int] = []
     kinds: list[tuple[int, str]] = []
     match event:
-        case events.MakeDisk():
-            new = [event.disk, event.version, *_new_image(event.backing, catalog)]
-            kinds = [(event.parent, "snapshot")] if event.parent else []
+        case events.MakeDisk() | events.MakeDisks():
+            disks = event.disks if isinstance(event, events.MakeDisks) else [event]
+            images = {image for disk in disks for image in _new_image(disk.backing, catalog)}
+            new = [number for disk in disks for number in (disk.disk, disk.version)] + [*images]
+            kinds = [(disk.parent, "snapshot") for disk in disks if disk.parent]
         case events.Cut():
             new = [version for _, version, _ in event.cuts] + ([event.group] if event.group else [])
         case events.Clone():
@@ -274,7 +290,8 @@ def rebuild_state(files: Files, cache_bytes: int) -> Opened:
             pages.free_pages(_numbers(pages.used_slots() & ~now))
         core = _core(files, pages, block, log, blocks, 0)
         space.rewrite(core)
-        versions = Versions(catalog, core, Backings(files, None))
+        backings = Backings(files, None, _decoupled(block, log, files.path("log")))
+        versions = Versions(catalog, core, backings)
     except Failure as failure:
         raise typed(failure, files.folder, f"repairing the pool {files.folder}") from None
     with contextlib.suppress(DamagedError, Failure):

@@ -16,7 +16,7 @@ from snapcore import space
 from snapcore.core import Core
 from snapcore.pool import events
 from snapcore.pool.backings import Backings, Opened
-from snapcore.pool.catalog import Catalog, DiskRecord, Group, Version
+from snapcore.pool.catalog import Catalog, DiskRecord, Group, Region, Version
 from snapcore.volume import Volume
 
 
@@ -54,6 +54,14 @@ class Versions:
     def close(self) -> None:
         """Close images that disks read from."""
         self.backings.close()
+
+    def regions_needed(self) -> list[Region]:
+        """Those of images that versions refer to, or did in a state that a recovery may still find. Takes no lock.
+
+        Records move from the catalog to the images that leave, and are looked for in that order.
+        """
+        records = [*self.catalog.backings.values(), *self.backings.leaving()]
+        return [record.region for record in records if record.region is not None]
 
     def root(self, version: int) -> int:
         """Of the tree of a version, as it is now."""
@@ -122,6 +130,9 @@ class Versions:
         match event:
             case events.MakeDisk():
                 self._make_disk(event)
+            case events.MakeDisks():
+                for disk in event.disks:
+                    self._make_disk(disk)
             case events.Cut():
                 self._cut(event)
             case events.Clone():

@@ -4,10 +4,12 @@ from snapcore.repository.collect import Collected
 from snapcore.repository.copy import Copied
 from snapcore.repository.create import Created
 from snapcore.repository.groups import Group, HookRun, Member
+from snapcore.repository.images import Image, ImageDisk, Labels
 from snapcore.repository.keyring import Key, KeyHolder, Keyring
 from snapcore.repository.lineage import NO_KEY, KeyChoice
 from snapcore.repository.manifest import CopiedFrom, Manifest, Snapshot
 from snapcore.repository.marks import Usage
+from snapcore.repository.pins import Pin
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.repository import LockedSnapshot, Repository
 from snapcore.repository.restore import Restored
@@ -23,13 +25,17 @@ __all__ = [
     "Group",
     "Hit",
     "HookRun",
+    "Image",
+    "ImageDisk",
     "Key",
     "KeyChoice",
     "KeyHolder",
     "Keyring",
+    "Labels",
     "LockedSnapshot",
     "Manifest",
     "Member",
+    "Pin",
     "Problem",
     "Repository",
     "Restored",

@@ -5,6 +5,7 @@ Work is on one domain: packs, index objects and manifests of others are not seen
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from snapcore.repository import damage, pack
@@ -39,10 +40,16 @@ class Context:
             self.store, marked, domain=self.domain, there=lambda: pack.sizes(self.store, self.domain).keys()
         )
 
-    def objects(self) -> Objects:
+    def objects(self, hands: Executor | None = None) -> Objects:
         """Reads chunks and nodes, also while a collection moves them."""
         return Objects(
-            self.store, self.index(), self.domain, self.config.chunk_bytes, renew=self.exact_index, reach=self.reach
+            self.store,
+            self.index(),
+            self.domain,
+            self.config.chunk_bytes,
+            renew=self.exact_index,
+            reach=self.reach,
+            hands=hands,
         )
 
     @property

@@ -205,7 +205,7 @@ def _register(context: Context, request: Request) -> _Registered:
 
 def _is_there(context: Context, snapshot: Manifest) -> bool:
     name = manifest.name(context.domain, snapshot.disk, snapshot.sequence, snapshot.id)
-    return manifest.read(context.store, name, context.domains, context.config.chunk_bytes) is not None
+    return manifest.read_now(context.store, name, context.domains, context.config.chunk_bytes) is not None
 
 
 def _leave(context: Context, own: Session, job: _Job | None) -> None:

@@ -45,6 +45,8 @@ class Kind(IntEnum):
     GENERATION = 9
     SUMMARY = 10
     GROUP = 11
+    PIN = 12
+    IMAGE = 13
 
 
 def header(kind: Kind, object_id: bytes, body_bytes: int, domain: Domain = PLAIN) -> bytes:

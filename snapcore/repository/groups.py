@@ -108,6 +108,15 @@ def find(store: Store, ref: str, domains: Domains) -> Group:
     return found[0]
 
 
+def is_there(store: Store, group_id: str) -> bool:
+    """Whether a group is complete."""
+    try:
+        store.size(PREFIX + group_id)
+    except NotFoundError:
+        return False
+    return True
+
+
 def _read(store: Store, group_id: str, domains: Domains) -> Group | None:
     where = f"{store.url}/{PREFIX}{group_id}"
     if not _ID.fullmatch(group_id):

@@ -206,6 +206,19 @@ def read(store: Store, object_name: str, domains: Domains, chunk_bytes: int) -> 
     return parse(data, f"{store.url}/{object_name}", object_name, domains, chunk_bytes)
 
 
+def read_now(store: Store, object_name: str, domains: Domains, chunk_bytes: int) -> Manifest | None:
+    """A manifest that is there now, as `read`: one that only a cache remembers is not."""
+    try:
+        size_bytes = store.size(object_name)
+        data = store.get(object_name, envelope.OBJECT_LIMIT_BYTES)
+    except NotFoundError:
+        return None
+    if len(data) != size_bytes:
+        # It was deleted, and a tombstone came to stand there.
+        return None
+    return parse(data, f"{store.url}/{object_name}", object_name, domains, chunk_bytes)
+
+
 def parse(data: bytes, where: str, object_name: str, domains: Domains, chunk_bytes: int) -> Manifest | None:
     """A manifest that stands, or stood, under a name, from its bytes; see `read`."""
     object_id = bytes.fromhex(id_in(object_name))
@@ -220,8 +233,16 @@ def parse(data: bytes, where: str, object_name: str, domains: Domains, chunk_byt
         return None
     envelope.expect(kind, Kind.MANIFEST, where)
     manifest = envelope.from_json(body, Manifest, where)
+    named = name(domain, manifest.disk, manifest.sequence, manifest.id)
+    if object_name != named or not is_sound(manifest, domain, chunk_bytes):
+        raise DamagedError(f"{where} has members that contradict each other or its name")
+    return manifest
+
+
+def is_sound(manifest: Manifest, domain: Domain, chunk_bytes: int) -> bool:
+    """Whether no member of a manifest contradicts another one, or the domain."""
     counts = (manifest.written_bytes, manifest.changed_bytes, manifest.new_bytes, manifest.stored_bytes)
-    whole = (
+    return bool(
         0 <= manifest.size_bytes <= SIZE_LIMIT_BYTES
         and manifest.chunk_bytes == chunk_bytes
         and manifest.levels == tree.levels_for(manifest.chunks)
@@ -229,11 +250,8 @@ def parse(data: bytes, where: str, object_name: str, domains: Domains, chunk_byt
         and (manifest.copied is None or _is_whole(manifest.copied))
         and all(0 <= count <= _COUNT_LIMIT_BYTES for count in counts)
         and manifest.key == domain.key_id
-        and object_name == name(domain, manifest.disk, manifest.sequence, manifest.id)
+        and is_name(name(domain, manifest.disk, manifest.sequence, manifest.id))
     )
-    if not whole:
-        raise DamagedError(f"{where} has members that contradict each other or its name")
-    return manifest
 
 
 def delete(store: Store, object_name: str, domain: Domain) -> None:

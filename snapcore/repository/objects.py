@@ -10,6 +10,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from snapcore.repository.table import Ids, ids_of
 from snapcore.repository.tree import NODE_BYTES
 from snapcore.store.interface import Reader
 
-_NODES_KEPT = 1024
+NODES_KEPT = 1024
 _BASES_KEPT_BYTES = 16 << 20
 # Records of one pack that lie this close are read in one go in any case.
 _GAP_BYTES = 64 << 10
@@ -67,6 +68,27 @@ NEAR = Reach(_GAP_BYTES, SPAN_BYTES, SPAN_BYTES, usable_cores())
 FAR = Reach(512 << 10, 2 * SPAN_BYTES, 2 * SPAN_BYTES, max(4, min(8, usable_cores())))
 
 
+# Pack, offset, number of the object among those that were asked for, and its place.
+_Wanted = tuple[bytes, int, int, Place]
+
+
+class _Run(NamedTuple):
+    """Records of one pack that are read in one go."""
+
+    pack: bytes
+    start: int
+    length: int
+    wanted: list[_Wanted]
+
+
+class _Asked(NamedTuple):
+    """Objects that are in no pack, by number; the runs that hold the others, and what gives the bytes of each."""
+
+    lost: list[int]
+    runs: list[_Run]
+    reads: list[Callable[[], bytes]]
+
+
 class Base(NamedTuple):
     """An object that a patch may rest on: its id and its bytes."""
 
@@ -103,6 +125,8 @@ class Objects:
         collections away need none.
     reach : Reach
         Of the store.
+    hands : Executor, optional
+        Threads that fetch what lies in several packs at once, where a store is far away.
     """
 
     def __init__(
@@ -113,6 +137,7 @@ class Objects:
         chunk_bytes: int,
         renew: Callable[[], Index] | None = None,
         reach: Reach = NEAR,
+        hands: Executor | None = None,
     ) -> None:
         self.index = index
         self.domain = domain
@@ -122,8 +147,12 @@ class Objects:
         self._sizes = {RecordKind.CHUNK: chunk_bytes, RecordKind.NODE: NODE_BYTES}
         self.renew = renew
         self._renewal = threading.Lock()
-        self._nodes = _Cache(_NODES_KEPT)
-        self._bases = _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes)))
+        self._hands = hands
+        self._nodes = _Cache(NODES_KEPT)
+        self._bases = {
+            RecordKind.CHUNK: _Cache(max(2, min(64, _BASES_KEPT_BYTES // chunk_bytes))),
+            RecordKind.NODE: _Cache(NODES_KEPT if hands is not None else 64),
+        }
 
     def place(self, kind: RecordKind, object_id: bytes) -> Place:
         """Where an object lies; MissingObjectError when nowhere."""
@@ -152,6 +181,18 @@ class Objects:
             for number, found in self._opened(RecordKind.NODE, wanted, self.index.find_many(wanted)):
                 if not isinstance(found, DamagedError):
                     self._nodes.put(unknown[number], found.plain)
+
+    def nodes(self, object_ids: list[bytes]) -> list[Buffer]:
+        """Bytes of many tree nodes, neighbours in a pack in one go."""
+        kept = {object_id: self._nodes.get(object_id) for object_id in object_ids}
+        found = {object_id: plain for object_id, plain in kept.items() if plain is not None}
+        lacking = [object_id for object_id in kept if object_id not in found]
+        for number, read in self.opened(RecordKind.NODE, ids_of(b"".join(lacking))):
+            if isinstance(read, DamagedError):
+                raise read
+            self._nodes.put(lacking[number], read.plain)
+            found[lacking[number]] = read.plain
+        return [found[object_id] for object_id in object_ids]
 
     def _found(self, kind: RecordKind, object_id: bytes) -> Buffer:
         """The object, by a new index when the present one leads nowhere."""
@@ -272,7 +313,7 @@ class Objects:
                 others.append(number)
                 continue
             patches.append(number)
-            base = known.get(place.base) or self._bases.get(place.base)
+            base = known.get(place.base) or self._bases[kind].get(place.base)
             if base is None:
                 missing_bases[place.base] = None
             else:
@@ -284,13 +325,17 @@ class Objects:
         joined = ids_of(ids[others].tobytes() + b"".join(base_ids))
         found_places = self.index.find_many_full(ids_of(b"".join(base_ids)))
         first = [places[number] for number in others] + found_places
+        later = self._asked(kind, [places[number] for number in patches], beside=bool(first))
         for number, found in self._many(kind, joined, first, self._as_opened):
             if number < len(others):
                 yield others[number], found
             elif not isinstance(found, DamagedError):
-                bases[base_ids[number - len(others)]] = found.plain
+                base_id = base_ids[number - len(others)]
+                bases[base_id] = found.plain
+                if kind == RecordKind.NODE:
+                    self._bases[kind].put(base_id, found.plain)
         use = functools.partial(self._as_opened, bases=bases)
-        for number, found in self._many(kind, ids[patches], [places[number] for number in patches], use):
+        for number, found in self._results(kind, ids[patches], later, use):
             yield patches[number], found
 
     def _tried_again(
@@ -324,56 +369,53 @@ class Objects:
     def _many(
         self, kind: RecordKind, ids: Ids, places: list[Place | None], use: Use[Result]
     ) -> Iterator[tuple[int, Result | DamagedError]]:
-        wanted: list[tuple[bytes, int, int, Place]] = []
-        for number, place in enumerate(places):
-            if place is None or place.kind != kind:
-                yield number, missing(kind, ids[number].tobytes())
-            else:
-                wanted.append((place.pack, place.offset, number, place))
+        return self._results(kind, ids, self._asked(kind, places), use)
+
+    def _asked(self, kind: RecordKind, places: list[Place | None], beside: bool = False) -> _Asked:
+        """The reads that get these objects. Where there are threads, several are on their way at once.
+
+        `beside`: something else is read meanwhile, so one read is on its way, too.
+        """
+        lost = [number for number, place in enumerate(places) if place is None or place.kind != kind]
+        wanted = [
+            (place.pack, place.offset, number, place)
+            for number, place in enumerate(places)
+            if place is not None and place.kind == kind
+        ]
         wanted.sort()
-        first = 0
-        while first < len(wanted):
-            pack_id, start, _, place = wanted[first]
-            stop = start + place.stored
-            lost = 0
-            last = first + 1
-            while last < len(wanted):
-                next_pack, offset, _, place = wanted[last]
-                gap = max(0, offset - stop)
-                if next_pack != pack_id or offset + place.stored > start + self.reach.run_bytes:
-                    break
-                if gap > _GAP_BYTES and (gap > self.reach.gap_bytes or 2 * (lost + gap) > stop - start + gap):
-                    break
-                lost += gap
-                stop = max(stop, offset + place.stored)
-                last += 1
-            yield from self._run(kind, pack_id, start, stop, wanted[first:last], ids, use)
-            first = last
+        runs = [*_runs(wanted, self.reach)]
+        reads: list[Callable[[], bytes]] = [
+            functools.partial(self._read, run.pack, run.start, run.length) for run in runs
+        ]
+        if self._hands is not None and (beside or len(runs) > 1):
+            reads = [self._hands.submit(read).result for read in reads]
+        return _Asked(lost, runs, reads)
+
+    def _results(
+        self, kind: RecordKind, ids: Ids, asked: _Asked, use: Use[Result]
+    ) -> Iterator[tuple[int, Result | DamagedError]]:
+        for number in asked.lost:
+            yield number, missing(kind, ids[number].tobytes())
+        for run, read in zip(asked.runs, asked.reads, strict=True):
+            yield from self._run(kind, run, read, ids, use)
 
     def _run(
-        self,
-        kind: RecordKind,
-        pack_id: bytes,
-        start: int,
-        stop: int,
-        wanted: list[tuple[bytes, int, int, Place]],
-        ids: Ids,
-        use: Use[Result],
+        self, kind: RecordKind, run: _Run, read: Callable[[], bytes], ids: Ids, use: Use[Result]
     ) -> Iterator[tuple[int, Result | DamagedError]]:
         data: memoryview | None = None
-        name = pack.name(pack_id, self.domain)
+        name = pack.name(run.pack, self.domain)
         # What is kept of a run keeps all of it in memory: only where that is little more.
-        dense = 2 * sum(place.stored for *_, place in wanted) >= stop - start
+        dense = 2 * sum(place.stored for *_, place in run.wanted) >= run.length
         # A run that cannot be read is read record by record, so that only what is damaged is missing.
         with contextlib.suppress(DamagedError):
-            data = memoryview(self._read(pack_id, start, stop - start))
-        for _, offset, number, place in wanted:
+            data = memoryview(read())
+        for _, offset, number, place in run.wanted:
             object_id = ids[number].tobytes()
             try:
                 if data is None:
                     raw = memoryview(self._read(place.pack, place.offset, place.stored))
                 else:
-                    raw = data[offset - start : offset - start + place.stored]
+                    raw = data[offset - run.start : offset - run.start + place.stored]
                     if not dense:
                         raw = memoryview(bytes(raw))
                 found = use(kind, object_id, place, raw, f"{name} at {offset}")
@@ -395,14 +437,14 @@ class Objects:
             raise DamagedError(f"{error}; run `snapcore verify` to see what it hits") from error
 
     def _base(self, kind: RecordKind, base_id: bytes) -> Buffer:
-        found = self._bases.get(base_id)
+        found = self._bases[kind].get(base_id)
         if found is None:
             # It may lie somewhere as a patch too: of two writers at once, one may have had something to compare with.
             place = self.index.find_full(base_id) or self.index.find_condemned(base_id, full=True)
             if place is None or place.kind != kind:
                 raise missing(kind, base_id)
             found = self._object(kind, base_id, place)
-            self._bases.put(base_id, found)
+            self._bases[kind].put(base_id, found)
         return found
 
     def _decoded(self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str) -> Buffer:
@@ -500,6 +542,28 @@ class Objects:
         if kind == RecordKind.CHUNK:
             return self.domain.chunk_id(plain)
         return self.domain.node_id(plain)
+
+
+def _runs(wanted: list[_Wanted], reach: Reach) -> Iterator[_Run]:
+    """What is sorted by pack and offset, in runs."""
+    first = 0
+    while first < len(wanted):
+        pack_id, start, _, place = wanted[first]
+        stop = start + place.stored
+        lost = 0
+        last = first + 1
+        while last < len(wanted):
+            next_pack, offset, _, place = wanted[last]
+            gap = max(0, offset - stop)
+            if next_pack != pack_id or offset + place.stored > start + reach.run_bytes:
+                break
+            if gap > _GAP_BYTES and (gap > reach.gap_bytes or 2 * (lost + gap) > stop - start + gap):
+                break
+            lost += gap
+            stop = max(stop, offset + place.stored)
+            last += 1
+        yield _Run(pack_id, start, stop - start, wanted[first:last])
+        first = last
 
 
 def missing(kind: RecordKind, object_id: bytes) -> MissingObjectError:

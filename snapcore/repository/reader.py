@@ -16,7 +16,7 @@ from snapcore.persist import Buffer
 from snapcore.repository import tree
 from snapcore.repository.domain import ZERO_ID
 from snapcore.repository.manifest import Manifest
-from snapcore.repository.objects import Objects
+from snapcore.repository.objects import NODES_KEPT, Objects
 from snapcore.repository.table import ids_of
 from snapcore.repository.tree import FANOUT, Node
 
@@ -53,10 +53,14 @@ class SnapshotReader(io.RawIOBase):
     def data_extents(self) -> Extents:
         """Chunks that are not zero; see `Source.data_extents`."""
         found = [extents.empty()]
-        for first, leaf in tree.leaves(self.snapshot.tree, self._objects.node, stop=self.snapshot.chunks):
+        for first, leaf in tree.leaves_many(self.snapshot.tree, self._objects.nodes, stop=self.snapshot.chunks):
             chunks = first + np.flatnonzero(leaf.any(axis=1))
             found.append(extents.from_blocks(chunks, self._objects.chunk_bytes, self.size_bytes))
         return extents.merged(np.concatenate(found))
+
+    def load_map(self) -> None:
+        """Fetch the map from the top down, as much of it as is kept: reads that follow fetch only chunks."""
+        tree.loaded(self.snapshot.tree, self._objects.nodes, NODES_KEPT)
 
     def read_into(self, target: memoryview, offset_bytes: int) -> None:
         """Fill `target`, neighbours in a pack in one go; see `Source.read_into`. DamagedError as for `pread_into`."""
@@ -77,7 +81,7 @@ class SnapshotReader(io.RawIOBase):
     def _ids(self, first: int, stop: int) -> Node:
         """The ids of chunks that follow each other."""
         found = np.zeros((stop - first, len(ZERO_ID)), dtype=np.uint8)
-        for base, leaf in tree.leaves(self.snapshot.tree, self._objects.node, first, stop):
+        for base, leaf in tree.leaves_many(self.snapshot.tree, self._objects.nodes, first, stop):
             begin, end = max(base, first), min(base + FANOUT, stop)
             found[begin - first : end - first] = leaf[begin - base : end - base]
         return found

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,9 +34,12 @@ from snapcore.repository import (
     create,
     difference,
     groups,
+    images,
     lineage,
+    make_image,
     manifest,
     marks,
+    pins,
     rebuild,
     restore,
     session,
@@ -51,17 +54,19 @@ from snapcore.repository.copy_rules import Destination
 from snapcore.repository.create import CHECKED_SHARE, Created, Request
 from snapcore.repository.domain import PLAIN, Domain
 from snapcore.repository.groups import Group
+from snapcore.repository.images import Boot, Image, ImageDisk, Labels
 from snapcore.repository.index import ReplacedError
 from snapcore.repository.keyring import Key, Keyring
 from snapcore.repository.lineage import KeyChoice
 from snapcore.repository.manifest import Manifest
 from snapcore.repository.marks import Usage
+from snapcore.repository.pins import Pin
 from snapcore.repository.reader import SnapshotReader
 from snapcore.repository.restore import Restored
 from snapcore.repository.session import Session
 from snapcore.repository.share import Share, Whole
 from snapcore.repository.verify import Verified
-from snapcore.source import Source, Target, open_source, open_target
+from snapcore.source import Source, Target, open_as_named, open_target
 from snapcore.store import Store, open_store, with_cache
 
 SnapshotLike = Manifest | str
@@ -211,6 +216,8 @@ class Repository:
         Parameters
         ----------
         source : path or Source
+            A path that ends in .qcow2, .vhd, .vhdx or .vmdk is an image of that format, any other one a raw image or a
+            device; `open_image` opens what has a backing file or another name.
         disk : str
             Name of the disk: its snapshots make a chain.
         parent : snapshot, optional
@@ -283,7 +290,7 @@ class Repository:
         )
         with ExitStack() as stack:
             if isinstance(source, (str, os.PathLike)):
-                opened: Source = stack.enter_context(open_source(os.fspath(source), allow_changing=allow_changing))
+                opened: Source = stack.enter_context(open_as_named(source, allow_changing=allow_changing))
             else:
                 opened = source
             if opened.size_bytes > manifest.SIZE_LIMIT_BYTES:
@@ -457,11 +464,20 @@ class Repository:
         if not found:
             found = [item for item in self.snapshots() if item.label == snapshot]
         if not found:
+            found = self._held(snapshot)
+        if not found:
             raise NotFoundError(f"{self.url} has no snapshot {snapshot!r}; see `snapcore snapshot list -r {self.url}`")
         if len(found) > 1:
             listed = ", ".join(item.id for item in found[:5])
             raise UsageError(f"{snapshot!r} stands for {len(found)} snapshots: {listed}; give more digits")
         return found[0]
+
+    def _held(self, ref: str) -> list[Manifest]:
+        """What images hold of that id, or that begins so: it has no manifest any more (docs/DESIGN.md, Images)."""
+        if not _ID_PART.fullmatch(ref):
+            return []
+        held = {item.id: item for image in self.images() for item in image.snapshots}
+        return [item for item in held.values() if item.id.startswith(ref)]
 
     def diff(
         self, a: SnapshotLike, b: SnapshotLike, start: int = 0, stop: int | None = None, *, of: Repository | None = None
@@ -542,6 +558,105 @@ class Repository:
         """The snapshots are no group any more; they stay."""
         self._context.store.delete(groups.PREFIX + group.id)
 
+    def create_image(
+        self,
+        name: str,
+        system: SnapshotLike,
+        data: Mapping[str, SnapshotLike | int] | None = None,
+        *,
+        architecture: str = "x86_64",
+        boot: Boot = "bios",
+        os: str = "",
+        min_size_bytes: int | None = None,
+        tags: dict[str, str] | None = None,
+        checksums: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Image:
+        """Make an image, a template of machines, of snapshots that are here. They cannot be deleted while it is there.
+
+        Parameters
+        ----------
+        name : str
+            2 to 128 printable characters, a letter first.
+        system : snapshot
+            Of the system disk, /dev/xvda.
+        data : mapping of str to snapshot or int, optional
+            By device, /dev/xvdb to /dev/xvdz: a snapshot, up to 16, or the size in bytes of an empty disk.
+        architecture, boot, os : str
+            For who makes machines of it: "x86_64", …; "bios" or "uefi"; any text.
+        min_size_bytes : int, optional
+            Of the system disk; default: the snapshot's size.
+        tags : dict of str, optional
+        checksums : bool
+            Read all of it, and note the SHA-256 of each disk.
+        progress : callable, optional
+            As in `snapshot`, of that reading.
+
+        Raises
+        ------
+        RefusedError
+            The snapshots are under different keys, or one is of a group that is not complete.
+        UsageError, NotFoundError, LockedError, DamagedError, BusyError, FencedError, StoreError
+        """
+        labels = Labels(name=name, architecture=architecture, boot=boot, os=os, tags=tags or {})
+        labels.check()
+        found = self.find(system)
+        disks = [
+            ImageDisk(device=images.SYSTEM, min_size_bytes=min_size_bytes or found.size_bytes, snapshot=found),
+            *(self._image_disk(device, wanted) for device, wanted in (data or {}).items()),
+        ]
+        images.check_disks(disks)
+        if checksums:
+            disks = make_image.with_checksums(disks, self.open_snapshot, progress)
+        return make_image.make(self._of_snapshot(found), labels, disks)
+
+    def _image_disk(self, device: str, wanted: SnapshotLike | int) -> ImageDisk:
+        snapshot = None if isinstance(wanted, int) else self.find(wanted)
+        size_bytes = wanted if isinstance(wanted, int) else self.find(wanted).size_bytes
+        return ImageDisk(device=images.full_device(device), min_size_bytes=size_bytes, snapshot=snapshot)
+
+    def images(self) -> list[Image]:
+        """All images, oldest first, but those under keys that are not unlocked."""
+        try:
+            return images.load(self._context.store, self.keyring.domains, self.chunk_bytes)
+        except DamagedError as error:
+            raise _lost_image(error) from error
+
+    def image(self, ref: Image | str) -> Image:
+        """The image of an id, of the beginning of one or of a name that only one has."""
+        wanted = ref.id if isinstance(ref, Image) else ref
+        try:
+            return images.find(self._context.store, wanted, self.keyring.domains, self.chunk_bytes)
+        except LockedError as error:
+            raise self.keyring.locked(error) from error
+        except DamagedError as error:
+            raise _lost_image(error) from error
+
+    def delete_image(self, image: Image | str) -> str:
+        """Delete an image; its snapshots stay, and can be deleted then. Returns its id.
+
+        One that is damaged is found by its id.
+        """
+        wanted = image.id if isinstance(image, Image) else image
+        ids = images.matching(self._context.store, wanted)
+        with contextlib.suppress(DamagedError):
+            ids = [self.image(wanted).id]
+        if len(ids) != 1:
+            raise NotFoundError(f"{self.url} has {len(ids)} images {wanted!r}")
+        images.delete(self._context.store, ids[0])
+        return ids[0]
+
+    def check_deletable(self, snapshots: Sequence[SnapshotLike]) -> None:
+        """RefusedError when an image holds one of these, which names it."""
+        ids = {item.id if isinstance(item, Manifest) else item for item in snapshots}
+        for image in self.images():
+            for held in image.snapshots:
+                if held.id in ids:
+                    raise RefusedError(
+                        f"the snapshot {held.id} of {held.disk} is in use by the image {image.name}; "
+                        f"`snapcore image delete {image.id} -r {self.url}` removes that"
+                    )
+
     def fill(
         self,
         snapshot: SnapshotLike,
@@ -618,20 +733,29 @@ class Repository:
                 executor=executor,
             )
 
-    def open_snapshot(self, snapshot: SnapshotLike) -> SnapshotReader:
-        """A snapshot as a file to read anywhere in."""
+    def open_snapshot(self, snapshot: SnapshotLike, *, hands: Executor | None = None) -> SnapshotReader:
+        """A snapshot as a file to read anywhere in; with threads, what lies in several packs is fetched at once."""
         wanted = self.find(snapshot)
-        return SnapshotReader(self._of_snapshot(wanted).objects(), wanted)
+        return SnapshotReader(self._of_snapshot(wanted).objects(hands), wanted)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it is in no folder of this host, so that each request takes its time."""
+        return self._context.store.folder is None
 
     def unique(self, snapshots: Sequence[SnapshotLike]) -> Usage:
         """What only these snapshots hold together: the bytes that `delete` and `collect` would free."""
         chosen = [self.find(snapshot) for snapshot in snapshots]
         ids = {snapshot.id for snapshot in chosen}
-        return self._usage(chosen, [snapshot for snapshot in self.snapshots() if snapshot.id not in ids])
+        others = [snapshot for snapshot in self.snapshots() if snapshot.id not in ids]
+        return self._usage(chosen, [*others, *self._in_images()])
 
     def usage(self) -> Usage:
-        """What all snapshots that can be read hold together."""
-        return self._usage(self.snapshots(), [])
+        """What all snapshots and images that can be read hold together."""
+        return self._usage([*self.snapshots(), *self._in_images()], [])
+
+    def _in_images(self) -> list[Manifest]:
+        return [snapshot for image in self.images() for snapshot in image.snapshots]
 
     def _usage(self, chosen: list[Manifest], others: list[Manifest]) -> Usage:
         """What these hold and those do not; chains under different keys share nothing."""
@@ -646,10 +770,63 @@ class Repository:
         """Bytes of all objects of the repository."""
         return sum(size_bytes for _, size_bytes in self._context.store.list(""))
 
-    def delete(self, snapshot: SnapshotLike) -> str:
+    def pin(self, snapshot: SnapshotLike, who: str, *, pin_id: str | None = None) -> Pin:
+        """Say who needs a snapshot: it is not deleted by mistake until `unpin`.
+
+        Parameters
+        ----------
+        snapshot : snapshot
+        who : str
+            For people: who, and where.
+        pin_id : str, optional
+            32 hexadecimal digits; doing it again under the same id is no error. Default: random ones.
+
+        Raises
+        ------
+        BusyError
+            It is being deleted.
+        NotFoundError, LockedError, StoreError
+        """
+        found = self.find(snapshot)
+        domain = self._of_snapshot(found).domain
+        name = manifest.name(domain, found.disk, found.sequence, found.id)
+        return pins.put(self._direct.store, found.id, name, who, pin_id, domain)
+
+    def unpin(self, snapshot_id: str, pin_id: str) -> None:
+        """Who had pinned a snapshot needs it no more; no error when the pin or the snapshot is gone already."""
+        pins.removed(self._direct.store, snapshot_id, pin_id)
+
+    def pins(self, snapshot: SnapshotLike | None = None) -> list[Pin]:
+        """Who needs a snapshot, or any; also of snapshots that are gone, and deletions that were interrupted."""
+        if snapshot is None:
+            return pins.load(self._direct.store, self.keyring.domains)
+        return pins.of_snapshot(self._direct.store, self.find(snapshot).id, self.keyring.domains)
+
+    def check_unpinned(self, snapshot: SnapshotLike) -> None:
+        """RefusedError, which says by whom, when a snapshot is pinned."""
+        found = self.find(snapshot)
+        pins.refuse(self._direct.store, found.id, self.pins(found))
+
+    def remove_pin(self, ref: str) -> str:
+        """Remove a pin that nobody needs, by its id or the beginning of it. Returns the id."""
+        return pins.remove(self._direct.store, ref)
+
+    def delete(self, snapshot: SnapshotLike, *, force: bool = False) -> str:
         """Delete a snapshot, wherever it stands in its chain; no other one changes. Returns its id.
 
-        `collect` frees the space. One whose manifest is damaged is found by its id.
+        `collect` frees the space. One whose manifest is damaged is found by its id. One that an image holds is
+        refused.
+
+        Parameters
+        ----------
+        snapshot : snapshot
+        force : bool
+            Also one that is pinned. Lazy disks that are filled from it get errors for what they have not fetched.
+
+        Raises
+        ------
+        RefusedError
+            It is pinned, or an image holds it; the message says by whom, or which.
         """
         wanted = snapshot.id if isinstance(snapshot, Manifest) else snapshot
         names = [name for name in manifest.names(self._context.store) if manifest.id_in(name).startswith(wanted)]
@@ -657,11 +834,14 @@ class Repository:
             found = self.find(snapshot)
             names = [manifest.name(self._of_snapshot(found).domain, found.disk, found.sequence, found.id)]
         domain = self._deletable(names[0])
-        if domain is None:
-            self._context.store.delete(names[0])
-        else:
-            manifest.delete(self._context.store, names[0], domain)
-        return manifest.id_in(names[0])
+        snapshot_id = manifest.id_in(names[0])
+        with pins.deleting(self._direct.store, snapshot_id, domain or PLAIN, force=force):
+            self.check_deletable([snapshot_id])
+            if domain is None:
+                self._context.store.delete(names[0])
+            else:
+                manifest.delete(self._context.store, names[0], domain)
+        return snapshot_id
 
     def _deletable(self, name: str) -> Domain | None:
         """The domain of a snapshot that is to be deleted; None for one that cannot be read, from which nobody begins.
@@ -723,7 +903,7 @@ class Repository:
         )
 
     def _snapshots_of(self, domain: Domain) -> list[Manifest]:
-        return [snapshot for snapshot in self.snapshots() if snapshot.key == domain.key_id]
+        return [item for item in [*self.snapshots(), *self._in_images()] if item.key == domain.key_id]
 
     def verify(
         self,
@@ -782,6 +962,13 @@ def _unique(context: Context, mine: list[Manifest], rest: list[Manifest]) -> Usa
         with contextlib.suppress(ReplacedError):
             return marks.unique(context.objects(), mine, rest)
     return marks.unique(context.objects(), mine, rest)
+
+
+def _lost_image(error: DamagedError) -> DamagedError:
+    return DamagedError(
+        f"{error}: this image is lost. `snapcore image delete ID` removes what is left of it; until then lists and "
+        "collections are refused, and so are deletions of snapshots, which it may hold"
+    )
 
 
 def _changed(changed: Extents | Iterable[tuple[int, int]]) -> Extents:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from datetime import UTC, datetime
@@ -27,8 +28,11 @@ from snapcore.repository.envelope import Kind
 from snapcore.store.interface import Store
 
 PREFIX = "sessions/"
+# Of images, which are made by sessions too.
+IMAGES = "images/"
 CREATE, COLLECT = "create", "collect"
 _POLL_S = 0.5
+_IMAGE = re.compile(r"images/[0-9a-f]{32}")
 
 # Sessions that this process has registered and not left.
 _own: set[str] = set()
@@ -44,7 +48,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     work : str
         "create" or "collect".
     manifest : str or None
-        Name under which a writer will commit.
+        Name, of a manifest or an image, under which a writer will commit.
     host, kernel, process, started : str, str, int, int
         Where it runs: host name, boot and process-id space, process id and the process's start in clock ticks.
     since : str
@@ -146,9 +150,18 @@ def _read(store: Store, session_id: str) -> Session | None:
         raise DamagedError(f"{where} is no name of a session") from error
     envelope.expect(kind, Kind.SESSION, where)
     session = envelope.from_json(body, Session, where)
-    if session.name != name or not (session.manifest is None or manifest.is_name(session.manifest)):
+    if session.name != name or not (session.manifest is None or _may_commit(session.manifest)):
         raise DamagedError(f"{where} has members that contradict its name or name no snapshot")
     return session
+
+
+def is_image(object_name: str) -> bool:
+    """Whether an object of this name is an image or a tombstone."""
+    return _IMAGE.fullmatch(object_name) is not None
+
+
+def _may_commit(object_name: str) -> bool:
+    return manifest.is_name(object_name) or is_image(object_name)
 
 
 def withdraw(store: Store, session: Session) -> None:

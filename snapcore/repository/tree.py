@@ -22,10 +22,15 @@ from snapcore.repository.table import Ids, ids_of
 FANOUT = 128
 NODE_BYTES = FANOUT * ID_BYTES
 
+_BATCH = 512
+
 Node = npt.NDArray[np.uint8]
 # Numbers of chunks.
 Places = npt.NDArray[np.int64]
 LoadNode = Callable[[bytes], Buffer]
+LoadNodes = Callable[[list[bytes]], list[Buffer]]
+# First chunk, level and id of a node.
+_Place = tuple[int, int, bytes]
 # (bytes of the node, id of the node that stood in its place) → id
 StoreNode = Callable[[Buffer, bytes], bytes]
 
@@ -243,6 +248,57 @@ def leaves(
         if expect is not None and level == 2:
             expect(ids_of(node[slots].tobytes()))
         todo += [(first + slot * width, level - 1, node[slot].tobytes()) for slot in slots[::-1].tolist()]
+
+
+def leaves_many(
+    root: Root, load: LoadNodes, start: int = 0, stop: int | None = None, batch: int = _BATCH
+) -> Iterator[tuple[int, Node]]:
+    """The same as `leaves`, for nodes that are far away: many are asked for at once."""
+    for first, level, node in _nodes_many(root, load, start, stop, batch):
+        if level == 1:
+            yield first, node
+
+
+def loaded(root: Root, load: LoadNodes, limit: int) -> None:
+    """Ask for the nodes of a tree, from the top down, for so many at the most: they are kept where they come from."""
+    count, part = 0, [(0, root.levels, root.id)]
+    while part and part[0][2] != ZERO_ID and count + len(part) <= limit:
+        count += len(part)
+        part = _below(part, load([object_id for _, _, object_id in part]), 0, FANOUT**root.levels)
+
+
+def _nodes_many(
+    root: Root, load: LoadNodes, start: int, stop: int | None, batch: int
+) -> Iterator[tuple[int, int, Node]]:
+    """(first chunk, level, node), the lower ones of each batch in order and before the next batch."""
+    end = FANOUT**root.levels if stop is None else stop
+    todo = [[(0, root.levels, root.id)]] if root.id != ZERO_ID else []
+    while todo:
+        part = todo.pop()
+        if len(part) > batch:
+            todo.append(part[batch:])
+        part = part[:batch]
+        plains = load([object_id for _, _, object_id in part])
+        for (first, level, _), plain in zip(part, plains, strict=True):
+            yield first, level, np.frombuffer(plain, dtype=np.uint8).reshape(FANOUT, ID_BYTES)
+        below = _below(part, plains, start, end)
+        if below:
+            todo.append(below)
+
+
+def _below(part: list[_Place], plains: list[Buffer], start: int, end: int) -> list[_Place]:
+    """What stands below nodes of one level and touches the chunks from start to end."""
+    found: list[_Place] = []
+    for (first, level, _), plain in zip(part, plains, strict=True):
+        if level == 1:
+            return []
+        node = np.frombuffer(plain, dtype=np.uint8).reshape(FANOUT, ID_BYTES)
+        width = FANOUT ** (level - 1)
+        for slot in used_slots(node).tolist():
+            at = first + slot * width
+            if at < end and at + width > start:
+                found.append((at, level - 1, node[slot].tobytes()))
+    return found
 
 
 def differing(

@@ -30,7 +30,7 @@ from snapcore.errors import (
 from snapcore.extents import Extents
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
-from snapcore.repository import damage, index, intact, manifest, pack, record, scrub, tree
+from snapcore.repository import damage, images, index, intact, manifest, pack, record, scrub, tree
 from snapcore.repository.context import Context
 from snapcore.repository.damage import Bad
 from snapcore.repository.domain import ZERO_ID, Domain
@@ -240,6 +240,8 @@ def _attempt(context: Context, way: _Way) -> tuple[Verified, list[Bad]]:
     """Read and check everything once. Returns also what is to be marked."""
     problems: list[Problem] = []
     snapshots = _snapshots(context, problems)
+    ids = {item.id for item in snapshots}
+    held = [item for item in _in_images(context, problems) if item.id not in ids]
 
     def there() -> set[bytes]:
         return set(pack.sizes(context.store, context.domain))
@@ -268,7 +270,7 @@ def _attempt(context: Context, way: _Way) -> tuple[Verified, list[Bad]]:
         objects = Objects(context.store, rest, context.domain, context.config.chunk_bytes)
     elif not any(report.lost for report in reports):
         sound = _Sound(known)
-    hits = list(_hits(snapshots, objects, sound))
+    hits = list(_hits([*snapshots, *held], objects, sound))
     if hits:
         # Only then is it damage: see the index on entries that lead nowhere.
         bad += [row for report in reports for row in report.lost]
@@ -302,6 +304,21 @@ def _snapshots(context: Context, problems: list[Problem]) -> list[Manifest]:
             if read is not None:
                 found.append(read)
     return found
+
+
+def _in_images(context: Context, problems: list[Problem]) -> list[Manifest]:
+    """All snapshots that images of the domain hold."""
+    found: dict[str, Manifest] = {}
+    for name, _ in list(context.store.list(images.PREFIX)):
+        try:
+            read = images.read(context.store, name, context.domains, context.config.chunk_bytes)
+        except LockedError:
+            continue
+        except (DamagedError, UnsupportedFormatError, ReadError, ValueError) as error:
+            problems.append(Problem(name, f"this image is lost: {error}"))
+        else:
+            found |= {item.id: item for item in (read.snapshots if read is not None else [])}
+    return list(found.values())
 
 
 def _tasks(context: Context, known: Index) -> list[_Task]:

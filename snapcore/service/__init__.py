@@ -1,9 +1,11 @@
-"""What makes one service of both tiers: archives of a pool's snapshots, groups, and blocks for other tools."""
+"""What makes one service of both tiers: archives of a pool's snapshots, groups, images, and blocks for other tools."""
 
 from snapcore.service.archives import Archive, Archived, Archives
 from snapcore.service.base import Twins
 from snapcore.service.blocks import Block, Page, list_blocks, list_changed_blocks, read_block
 from snapcore.service.hooks import Hooks
+from snapcore.service.image import Machine
+from snapcore.service.lazy import Regions
 from snapcore.service.restore import RestoredDisk, into_disk, into_new_disk
 from snapcore.service.staging import Session, Staging
 from snapcore.service.tiers import Local, Remote
@@ -15,7 +17,9 @@ __all__ = [
     "Block",
     "Hooks",
     "Local",
+    "Machine",
     "Page",
+    "Regions",
     "Remote",
     "RestoredDisk",
     "Session",

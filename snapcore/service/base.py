@@ -40,7 +40,12 @@ class Base:
 
 def origin_of(pool: Pool, snapshot: Snapshot) -> str:
     """What an archived twin of a local snapshot has as `origin`."""
-    return f"pool:{pool.id}:{snapshot.id}:{snapshot.created_ns}"
+    return f"{origin_prefix(pool)}{snapshot.id}:{snapshot.created_ns}"
+
+
+def origin_prefix(pool: Pool) -> str:
+    """What the origins of all twins of a pool's snapshots begin with."""
+    return f"pool:{pool.id}:"
 
 
 def key_word(key: str | KeyChoice | None) -> str | None:

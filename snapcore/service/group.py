@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import msgspec
 
-from snapcore.errors import CancelledError, Error, ExistsError, NotFoundError, RefusedError
+from snapcore.errors import CancelledError, DamagedError, Error, ExistsError, NotFoundError, RefusedError
 from snapcore.pool import Disk, Pool, Snapshot
 from snapcore.progress import ProgressCallback
-from snapcore.repository import Group, KeyChoice, Member, Repository
+from snapcore.repository import Group, KeyChoice, Manifest, Member, Repository
 from snapcore.service.archives import Archive, Archives
 from snapcore.service.base import key_word
 from snapcore.service.hooks import Hooks
 from snapcore.service.journal import CutHooks, Journal, Wanted
+from snapcore.source.formats import RAW
 
 
 def cut(
@@ -149,10 +151,11 @@ def _remove(repository: Repository, group_id: str) -> None:
             repository.delete(snapshot_id)
 
 
-def delete(repository: Repository, ref: str) -> tuple[str, list[str]]:
+def delete(repository: Repository, ref: str, *, force: bool = False) -> tuple[str, list[str]]:
     """Delete a group and the snapshots in it. Returns its id and theirs.
 
-    Also what is left of one that was never complete, by its whole id.
+    Also what is left of one that was never complete, by its whole id. RefusedError when an image holds one of the
+    snapshots, or when one is pinned (`Repository.delete`), unless forced: nothing is deleted then.
     """
     try:
         found: Group | None = repository.group(ref)
@@ -160,15 +163,59 @@ def delete(repository: Repository, ref: str) -> tuple[str, list[str]]:
         found = None
     group_id = found.id if found is not None else ref
     gone = members(repository, group_id)
+    repository.check_deletable(gone)
     if found is None and not gone:
         raise NotFoundError(f"{repository.url} has no group {ref!r}, and no snapshot that says that it belongs to one")
+    for snapshot_id in gone if not force else ():
+        with contextlib.suppress(NotFoundError):
+            repository.check_unpinned(snapshot_id)
     # The object first: a crash leaves snapshots without a group, and doing it again removes them.
     if found is not None:
         repository.delete_group(found)
     for snapshot_id in gone:
         with contextlib.suppress(NotFoundError):
-            repository.delete(snapshot_id)
+            repository.delete(snapshot_id, force=force)
     return group_id, gone
+
+
+def chosen(repository: Repository, group: Group, disks: Sequence[str] = ()) -> list[tuple[str, Manifest]]:
+    """(disk, snapshot) of the members of a group, or of those that are named: all are looked for before any is used.
+
+    Raises
+    ------
+    NotFoundError
+        One of the names is none of a member, or a member was deleted.
+    DamagedError
+        A snapshot says that it belongs elsewhere: what is sealed says so itself, whatever somebody made of the group.
+    """
+    unknown = {*disks} - {item.disk for item in group.members}
+    if unknown:
+        raise NotFoundError(f"group {group.id} has no snapshot of {', '.join(sorted(unknown))}")
+    found = [(item.disk, repository.find(item.snapshot)) for item in group.members if not disks or item.disk in disks]
+    for name, snapshot in found:
+        if (snapshot.disk, snapshot.group) != (name, group.id):
+            raise DamagedError(f"group {group.id} names {snapshot.id} as of {name}, and that says otherwise")
+    return found
+
+
+def files(members: Sequence[tuple[str, Manifest]], folder: str, format: str) -> list[tuple[str, Manifest, str]]:
+    """(disk, snapshot, path) of image files in a folder, called as the disks.
+
+    Raises
+    ------
+    RefusedError
+        A disk's name is none of a file in a folder.
+    """
+    ending = "img" if format == RAW else format
+    found = []
+    for name, snapshot in members:
+        if "/" in name or name.startswith("."):
+            raise RefusedError(
+                f"the disk {name!r} cannot be a file of that name; leave it out with --disk, and "
+                f"`snapcore restore {snapshot.id} FILE` gives it another one"
+            )
+        found.append((name, snapshot, os.path.join(folder, f"{name}.{ending}")))
+    return found
 
 
 def rollback(pool: Pool, group_id: str, disks: Sequence[str] = ()) -> list[Disk]:

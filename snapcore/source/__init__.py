@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from snapcore.source.export import Written, send_image, write_image
-    from snapcore.source.image import open_image
+    from snapcore.source.image import open_as_named, open_image
     from snapcore.source.interface import Source, Target
     from snapcore.source.raw import RawSource, open_source
     from snapcore.source.target import RawTarget, open_target
@@ -18,6 +18,7 @@ __all__ = [
     "Source",
     "Target",
     "Written",
+    "open_as_named",
     "open_image",
     "open_source",
     "open_target",
@@ -31,6 +32,7 @@ _HOMES = {
     "Source": "snapcore.source.interface",
     "Target": "snapcore.source.interface",
     "Written": "snapcore.source.export",
+    "open_as_named": "snapcore.source.image",
     "open_image": "snapcore.source.image",
     "open_source": "snapcore.source.raw",
     "open_target": "snapcore.source.target",

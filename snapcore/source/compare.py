@@ -1,4 +1,6 @@
-"""Where two raw images differ: what is a hole in both is never read, the rest is compared on all cores.
+"""Where two images differ. What is a hole in both is never read, the rest is compared on all cores.
+
+Raw ones are compared here, others in compare_disks.
 
 A kernel reads and compares a span in one call (`scan.differing_in_files`). Nothing here needs numpy before the result
 is asked for as extents: importing it takes as long as comparing a GB.
@@ -11,7 +13,7 @@ import mmap
 import os
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from snapcore import scan
 from snapcore.errors import ReadError, SourceChangedError, UsageError, from_os_error
 from snapcore.parallel import executor_or_own, in_order
 from snapcore.progress import Meter, ProgressCallback
+from snapcore.source.formats import RAW, of_name
 from snapcore.source.raw import RawSource, open_source
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ def diff_images(
     b: str,
     *,
     block_bytes: int = BLOCK_BYTES,
+    formats: tuple[str | None, str | None] = (None, None),
+    backing_folders: Sequence[str] = (),
     progress: ProgressCallback | None = None,
     executor: Executor | None = None,
 ) -> Extents:
@@ -47,6 +52,10 @@ def diff_images(
     a, b : path
     block_bytes : int
         A power of two from 512 to 4 MiB: a block is reported whole when any byte of it differs.
+    formats : pair of str, optional
+        Of `a` and `b`; None: what the name says, and any other name means raw.
+    backing_folders : sequence of paths
+        As for `open_image`.
     progress, executor
         As in `Repository.snapshot`.
 
@@ -57,11 +66,19 @@ def diff_images(
 
     Raises
     ------
-    NotFoundError, UsageError, ReadError, SourceChangedError
+    NotFoundError, UsageError, RefusedError, ImageError, ReadError, SourceChangedError
     """
     import numpy as np
 
-    rows = differing_rows(a, b, block_bytes=block_bytes, progress=progress, executor=executor)
+    rows = differing_rows(
+        a,
+        b,
+        block_bytes=block_bytes,
+        formats=formats,
+        backing_folders=backing_folders,
+        progress=progress,
+        executor=executor,
+    )
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
@@ -70,12 +87,28 @@ def differing_rows(
     b: str,
     *,
     block_bytes: int = BLOCK_BYTES,
+    formats: tuple[str | None, str | None] = (None, None),
+    backing_folders: Sequence[str] = (),
     progress: ProgressCallback | None = None,
     executor: Executor | None = None,
 ) -> array[int]:
     """What `diff_images` finds, as offset, length, offset, length, … of one array."""
     if not 512 <= block_bytes <= BLOCK_LIMIT_BYTES or block_bytes & (block_bytes - 1):
         raise UsageError(f"a block has a power of two from 512 to {BLOCK_LIMIT_BYTES} bytes, not {block_bytes}")
+    if {of_name(path) if format is None else format for path, format in zip((a, b), formats, strict=True)} != {RAW}:
+        # All that knows other formats takes longer to import than most compares of raw images.
+        from snapcore.source.compare_disks import differing_extents
+
+        different = differing_extents(
+            a,
+            b,
+            formats,
+            block_bytes=block_bytes,
+            backing_folders=backing_folders,
+            progress=progress,
+            executor=executor,
+        )
+        return array("q", different.tobytes())
     with open_source(a) as first, open_source(b) as second:
         common = min(first.size_bytes, second.size_bytes)
         whole = max(first.size_bytes, second.size_bytes)

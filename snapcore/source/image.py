@@ -70,6 +70,32 @@ def open_image(
         yield _Chain(opened, backing_folders).layer(source, wanted)
 
 
+@contextmanager
+def open_as_named(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    backing_folders: Sequence[str | os.PathLike[str]] = (),
+    allow_changing: bool = False,
+) -> Iterator[Source]:
+    """As `open_image`, for disks whose guests are at work: raw, whatever it begins with, if its name says no format."""
+    if format is None and formats.of_name(path) == RAW:
+        format = RAW
+    with open_image(path, format, backing_folders=backing_folders, allow_changing=allow_changing) as source:
+        yield source
+
+
+def check_raw(path: str) -> None:
+    """RefusedError for an image file that is of another format by its name, or by its first bytes."""
+    with open_source(path, allow_changing=True) as source:
+        named, found = formats.of_name(path), format_of_bytes(source)
+    if named != RAW or found != RAW:
+        raise RefusedError(
+            f"{path} {f'is called {named}' if named != RAW else f'begins as {found}'}, and only raw images can be "
+            "read in place: `snapcore disk import` takes in the others; if it is a raw image, say --format raw"
+        )
+
+
 def _agreed_format(source: RawSource) -> str:
     """What name and first bytes both say; RefusedError when they disagree."""
     named, found = formats.of_name(source.name), format_of_bytes(source)

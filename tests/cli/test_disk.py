@@ -314,3 +314,77 @@ def test_a_disk_is_made_from_a_repository_filled_and_decoupled(
     assert content("lazy") == image.read_bytes()
     assert "needs no repository" in run("disk", "hydrate", "lazy")[1]
     assert run("disk", "create", "other", "--from", f"{tmp_path / 'repo'}:1234")[0] == 1
+
+
+def test_lazy_disks_of_a_sealed_region_are_made_exported_and_rolled_back_with_its_key(
+    run: Run, pool: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, unlock = str(tmp_path / "repo"), ["--passphrase-file", str(tmp_path / "words")]
+    (tmp_path / "words").write_text("correct horse\n")
+    asked(run, "repo", "init", repo)
+    asked(run, "key", "create", "k", *unlock, "-r", repo)
+    taken = asked(run, "snapshot", "create", str(image), "--disk", "d", "-r", repo, *unlock, "--key", "k")
+    source = f"{repo}:{taken['id']}"
+    code, _, err = run("disk", "create", "lazy", "--from", source)
+    assert code == 1 and "not unlocked" in err
+    asked(run, "disk", "create", "lazy", "--from", source, *unlock, "--hydrate", "off")
+    code, _, err = run("disk", "export", "lazy", str(tmp_path / "out.img"))
+    assert code == 1 and "could not be fetched" in err
+    monkeypatch.setenv("SNAPCORE_PASSPHRASE", "correct horse")
+    asked(run, "disk", "export", "lazy", str(tmp_path / "out.img"))
+    assert (tmp_path / "out.img").read_bytes() == image.read_bytes()
+    # What was read stays.
+    assert asked(run, "disk", "hydrate", "lazy")["percent"] > 0
+    (pin,) = [json.loads(line) for line in run("pin", "list", "-r", repo, "--json")[1].splitlines()]
+    assert (pin["snapshot"], pin["state"]) == (taken["id"], "pin") and pool in pin["who"]
+    code, _, err = run("snapshot", "delete", taken["id"], "-r", repo)
+    assert code == 1 and pool in err and "snapcore pin remove" in err
+    assert taken["id"][:12] in run("pin", "list", "-r", repo)[1]
+    asked(run, "disk", "decouple", "lazy")
+    assert run("pin", "list", "-r", repo, "--json")[1] == ""
+    asked(run, "snapshot", "delete", taken["id"], "-r", repo)
+
+
+def test_pins_are_removed_and_overruled(run: Run, pool: str, image: Path, tmp_path: Path) -> None:
+    repo = str(tmp_path / "repo")
+    asked(run, "repo", "init", repo)
+    taken = [asked(run, "snapshot", "create", str(image), "--disk", "d", "-r", repo)["id"] for _ in range(2)]
+    for number, snapshot in enumerate(taken):
+        asked(run, "disk", "create", f"lazy{number}", "--from", f"{repo}:{snapshot}")
+    assert asked(run, "snapshot", "delete", taken[0], "-r", repo, "--force") == {"deleted": taken[0]}
+    pin = json.loads(run("pin", "list", "-r", repo, "--json")[1])
+    assert pin["snapshot"] == taken[1]
+    assert asked(run, "pin", "remove", pin["id"][:6], "-r", repo) == {"removed": pin["id"]}
+    assert asked(run, "snapshot", "delete", taken[1], "-r", repo) == {"deleted": taken[1]}
+    code, _, err = run("disk", "export", "lazy0", str(tmp_path / "out.img"))
+    assert code == 1 and "could not be fetched" in err
+    assert run("snapshot", "delete", "1", "-p", pool, "--force")[0] == 2
+    # They are deleted though what they came from is gone.
+    asked_lines = run("disk", "delete", "lazy0", "lazy1", "--json")
+    assert asked_lines[0] == 0
+
+
+def test_a_disk_rolls_back_to_what_is_only_in_a_repository(
+    run: Run, pool: str, web: dict[str, Any], tmp_path: Path
+) -> None:
+    repo = str(tmp_path / "repo")
+    asked(run, "repo", "init", repo)
+    before = content("web")
+    kept = asked(run, "snapshot", "create", "web", "-p", pool, "-r", repo)
+    asked(run, "snapshot", "delete", kept["local"]["id"], "-p", pool)
+    with Pool.open(pool) as opened:
+        opened.open_disk("web").pwrite(b"spoilt" * 999, 5)
+    source = f"{repo}:{kept['id']}"
+    told = asked(run, "disk", "rollback", "web", source, "--dry-run")
+    assert (told["snapshot"], told["dry_run"], content("web") == before) == (kept["id"], True, False)
+    asked(run, "disk", "rollback", "web", source)
+    assert run("disk", "export", "web", str(tmp_path / "back.img"))[0] == 0
+    assert (tmp_path / "back.img").read_bytes() == before
+    asked(run, "disk", "create", "other", "--size", "1M")
+    code, _, err = run("disk", "rollback", "other", source)
+    assert code == 1 and "was not cut from disk 'other'" in err
+
+
+def test_what_is_no_way_to_hydrate_is_refused(run: Run, pool: str) -> None:
+    for word in ("0", "often", "-5"):
+        assert run("disk", "create", "lazy", "--size", "1M", f"--hydrate={word}")[0] == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from snapcore import Repository
+from snapcore import RefusedError, Repository
 from snapcore.pool import Pool
 from snapcore.source import open_image
 from tests.support.command import Run, asked
@@ -135,3 +135,58 @@ def test_what_cannot_be_is_said(words: list[str], error: str, run: Run, raw: Pat
     code, out, err = run("disk", "export", "web", *words, "-p", "p")
     assert code in (1, 2) and out == "" and error in err
     assert sorted(os.listdir(".")) == before
+
+
+def test_diff_compares_the_disks_in_images(run: Run, raw: Path) -> None:
+    changed = bytearray(raw.read_bytes())
+    changed[MIB] ^= 1
+    Path("changed.raw").write_bytes(changed)
+    rows = asked(run, "diff", "disk.raw", "changed.raw")["extents"]
+    assert rows == [[MIB, 4096]]
+    assert asked(run, "diff", "disk.qcow2", "changed.raw")["extents"] == rows
+    assert asked(run, "diff", "changed.raw", "disk.img", "--format-b", "qcow2")["extents"] == rows
+    assert run("diff", "disk.qcow2", "changed.raw") == (0, f"{MIB} 4096\n", "")
+    qemu_img("create", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", "top.qcow2")
+    qemu_img("resize", "top.qcow2", str(8 * MIB))
+    assert run("diff", "top.qcow2", "disk.raw")[0] == 1
+    tail = asked(run, "diff", "top.qcow2", "disk.raw", "--backing-in", ".", "--block", "512")["extents"]
+    assert tail == [[SIZE, 8 * MIB - SIZE]]
+    # As they are, byte by byte.
+    assert asked(run, "diff", "disk.qcow2", "disk.img", "--format-a", "raw")["extents"] == []
+
+
+def test_what_is_read_in_place_is_raw_or_refused(run: Run, raw: Path) -> None:
+    for name, why in (("disk.qcow2", "is called qcow2"), ("disk.img", "begins as qcow2")):
+        words = ("disk", "create", f"over-{name}", "--from", name, "-p", "p")
+        code, _, err = run(*words)
+        assert code == 1 and why in err and "disk import" in err and "--format raw" in err
+        asked(run, *words, "--format", "raw")
+        assert disk_content(f"over-{name}") == Path(name).read_bytes()
+    code, _, err = run("serve", "--image", "web=disk.qcow2", "--listen", f"unix:{raw.parent / 's'}")
+    assert code == 1 and "its name says qcow2" in err
+
+
+def test_a_new_file_has_the_format_that_its_name_says(run: Run, raw: Path) -> None:
+    asked(run, "disk", "import", "disk.raw", "--name", "web", "-p", "p")
+    for target, kind in (("a.qcow2", "qcow2"), ("a.vmdk", "vmdk"), ("a.vhd", "vhd"), ("a.bin", "raw")):
+        asked(run, "disk", "export", "web", target, "-p", "p")
+        assert_good(Path(target), kind, raw)
+    asked(run, "disk", "export", "web", "raw.qcow2", "-p", "p", "--format", "raw")
+    assert Path("raw.qcow2").read_bytes() == raw.read_bytes()
+    code, _, err = run("disk", "export", "web", "a.vhdx", "-p", "p")
+    assert code == 2 and "'vhdx' is not written" in err
+    code, _, err = run("disk", "export", "web", "a.qcow2", "-p", "p", "--in-place")
+    assert code == 2 and "another format" in err
+    taken = asked(run, "snapshot", "create", "a.qcow2", "-r", "r", "--disk", "d")
+    asked(run, "restore", taken["id"], "b.qcow2", "-r", "r")
+    assert_good(Path("b.qcow2"), "qcow2", raw)
+
+
+def test_a_snapshot_from_python_reads_what_the_name_says(run: Run, raw: Path) -> None:
+    repository = Repository.open("r")
+    made = repository.snapshot("disk.qcow2", disk="d").snapshot
+    assert repository.open_snapshot(made).read() == raw.read_bytes()
+    assert repository.snapshot("disk.img", disk="e").snapshot.size_bytes == Path("disk.img").stat().st_size
+    shutil.copy("disk.raw", "guest.qcow2")
+    with pytest.raises(RefusedError, match="--format raw"):
+        repository.snapshot("guest.qcow2", disk="d")

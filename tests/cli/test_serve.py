@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,15 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from snapcore import Repository
 from snapcore.pool import Pool
 from tests.support.command import Run
 from tests.support.nbd import Peer
+from tests.support.nbd_client import READ, Client
 from tests.support.pools import MIB, quick_folder
 from tests.support.tools import needs
 
@@ -206,3 +210,52 @@ def test_nbd_mount_of_what_is_not_there_fails(run: Run, folder: Path) -> None:
     (folder / "mounted").mkdir()
     code, _, err = run("nbd-mount", "nothing", str(folder / "mounted"), "-p", str(folder / "pool"))
     assert code == 1 and "nothing" in err
+
+
+def lazy_pool(folder: Path, *words: str) -> tuple[Path, bytes]:
+    """A pool with a disk `lazy` from a repository, none of which is here."""
+    data = bytes(range(256)) * 4096 * 8
+    (folder / "image").write_bytes(data)
+    repository = Repository.create(folder / "repo")
+    taken = repository.snapshot(folder / "image", disk="d").snapshot
+    command = ("disk", "create", "lazy", "--from", f"{folder}/repo:{taken.id}", "-p", folder / "pool", *words)
+    with process(*command) as child:
+        assert child.wait() == 0
+    return folder / "pool", data
+
+
+@pytest.mark.parametrize(("made", "served", "comes"), [("full", None, True), ("off", None, False), ("off", "9G", True)])
+def test_serve_fetches_the_rest_as_it_was_told(folder: Path, made: str, served: str | None, comes: bool) -> None:
+    pool, data = lazy_pool(folder, "--hydrate", made)
+    words = ["serve", "-p", pool, "--listen", f"unix:{folder}/socket", "--json"]
+    with process(*words, *([] if served is None else ["--hydrate", served])) as child:
+        assert event(child)["event"] == "listening"
+        deadline = time.monotonic() + 30
+        image = next((pool / "lazy").glob("*.data"))
+        while comes and image.stat().st_blocks * 512 < len(data):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait() == 0
+    if not comes:
+        assert image.stat().st_blocks == 0
+
+
+def test_serve_tells_of_a_region_that_fails_and_comes_back(folder: Path) -> None:
+    pool, data = lazy_pool(folder, "--hydrate", "off")
+    (folder / "repo").rename(folder / "away")
+    path = folder / "socket"
+    with process("serve", "-p", pool, "--listen", f"unix:{path}", "--json") as child:
+        assert event(child)["event"] == "listening"
+        with Peer(path) as peer:
+            peer.enter("lazy")
+            assert event(child)["event"] == "connected"
+            client = Client(peer.socket, structured=False, extended=False)
+            assert client.wait(client.send(READ, 0, 100)).error == errno.EIO
+            told = event(child)
+            assert (told["event"], told["region"]) == ("region-failed", f"{folder}/repo") and told["reason"]
+            (folder / "away").rename(folder / "repo")
+            assert client.wait(client.send(READ, 0, 100)).data == data[:100]
+            assert event(child)["event"] == "region-back"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait() == 0

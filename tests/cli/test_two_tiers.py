@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from snapcore import Repository
 from snapcore.pool import Pool
+from snapcore.repository import Group, Member
 from tests.support.command import Run, asked, listed
 
 MIB = 1 << 20
@@ -151,3 +153,60 @@ def test_blocks_are_listed_compared_read_and_written(places: Run, monkeypatch: p
     other = asked(run, "block", "start", "-r", "repo", "--disk", "copy", "--size", "1M")
     assert asked(run, "block", "cancel", other["id"], "-r", "repo") == {"cancelled": other["id"]}
     assert run("block", "list", "5")[0] == 2
+
+
+def test_a_group_is_restored_into_image_files_all_of_them_or_none(places: Run) -> None:
+    run = places
+    asked(run, "group", "create", "web", "log", "-p", "pool", "-r", "repo", "--name", "nightly")
+    os.mkdir("out")
+    done = listed(run, "group", "restore", "nightly", "-r", "repo", "--to", "out")
+    assert [item["target"] for item in done] == ["out/web.img", "out/log.img"]
+    for name in ("web", "log"):
+        assert Path(f"out/{name}.img").read_bytes() == Path(f"{name}.img").read_bytes()
+    code, _, err = run("group", "restore", "nightly", "-r", "repo", "--to", "out")
+    assert code == 1 and "out/web.img exists already" in err
+    Path("out/web.img").unlink()
+    assert run("group", "restore", "nightly", "-r", "repo", "--to", "out")[0] == 1
+    assert sorted(os.listdir("out")) == ["log.img"]
+    (one,) = listed(
+        run, "group", "restore", "nightly", "-r", "repo", "--to", "out", "--disk", "web", "--format", "vmdk"
+    )
+    assert (one["disk"], one["format"]) == ("web", "vmdk")
+    asked(run, "disk", "import", "out/web.vmdk", "--name", "again", "-p", "pool")
+    asked(run, "disk", "export", "again", "again.img", "-p", "pool")
+    assert Path("again.img").read_bytes() == Path("web.img").read_bytes()
+
+
+def test_a_group_is_restored_into_image_files_that_exist_as_far_as_they_differ(places: Run) -> None:
+    run = places
+    asked(run, "group", "create", "web", "log", "-p", "pool", "-r", "repo", "--name", "nightly")
+    os.mkdir("out")
+    words = ("group", "restore", "nightly", "-r", "repo", "--to", "out", "--in-place")
+    Path("out/web.img").write_bytes(b"x" + Path("web.img").read_bytes()[1:])
+    code, _, err = run(*words)
+    assert code == 1 and "out/log.img" in err and Path("out/web.img").read_bytes()[:1] == b"x"
+    Path("out/log.img").write_bytes(Path("log.img").read_bytes())
+    assert [item["written_bytes"] for item in listed(run, *words)] == [4096, 0]
+    assert Path("out/web.img").read_bytes() == Path("web.img").read_bytes()
+    for wrong in (("--format", "vhd"), ("--packing", "zlib"), ("-p", "pool")):
+        assert run(*words, *wrong)[0] == 2
+    assert run("group", "restore", "nightly", "-r", "repo")[0] == 2
+    assert run("group", "restore", "nightly", "-r", "repo", "-p", "pool", "--format", "raw")[0] == 2
+    code, _, err = run(*words, "--disk", "unknown")
+    assert code == 1 and "no snapshot of unknown" in err
+
+
+def test_a_disk_whose_name_is_no_files_name_is_left_to_the_user(run: Run) -> None:
+    repository = Repository.create("repo")
+    Path("web.img").write_bytes(os.urandom(MIB))
+    group_id = "ab" * 16
+    members = []
+    for name in ("../outside", ".hidden"):
+        taken = repository.snapshot("web.img", disk=name, group=group_id).snapshot
+        members.append(Member(disk=name, snapshot=taken.id))
+    repository.put_group(Group(id=group_id, name=None, created="", members=members))
+    os.mkdir("out")
+    for name in ("../outside", ".hidden"):
+        code, _, err = run("group", "restore", group_id, "-r", "repo", "--to", "out", "--disk", name)
+        assert code == 1 and "cannot be a file of that name" in err
+    assert os.listdir("out") == [] and not Path("outside.img").exists()

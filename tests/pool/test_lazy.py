@@ -305,7 +305,7 @@ def test_hydration_brings_all_and_fetches_no_zeros(pool: Pool, regions: Regions)
 def test_hydration_goes_on_when_the_region_is_back(
     pool: Pool, regions: Regions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snapcore.pool.lazy._PAUSES_S", (0.01,))
+    monkeypatch.setattr("snapcore.pool.hydration._PAUSES_S", (0.01,))
     disk = pool.create_disk("web", source=regions.put("one", DATA))
     regions.failing = True
     with pytest.raises(StoreError, match="goes on when the region can be reached"):
@@ -328,16 +328,40 @@ def test_hydration_is_stopped_by_its_progress_and_keeps_to_its_rate(pool: Pool, 
 
 
 def test_demand_goes_before_what_waits_in_the_background(pool: Pool, regions: Regions) -> None:
-    disk = pool.create_disk("web", source=regions.put("one", DATA))
-    regions.stalled = {(0, 2 * MIB)}
+    data = random.Random(5).randbytes(14 * MIB)
+    disk = pool.create_disk("web", source=regions.put("one", data))
+    regions.stalled = {(0, 8 * MIB)}
     disk.hydrate()
     eventually(lambda: len(regions.reads) == 2)
-    # Both threads of the background wait, and the window of the fourth MiB is among those that wait for them.
-    assert disk.pread(10, 3 * MIB) == DATA[3 * MIB : 3 * MIB + 10]
-    assert disk.pread(10, 4 * MIB) == DATA[4 * MIB : 4 * MIB + 10]
+    # Both threads of the background wait, and the windows from the eighth MiB on are among those that wait for them.
+    assert disk.pread(10, 9 * MIB) == data[9 * MIB : 9 * MIB + 10]
+    assert disk.pread(10, 13 * MIB) == data[13 * MIB : 13 * MIB + 10]
     regions.stalled = set()
     regions.go_on.set()
     disk.hydrate(wait=True)
+    assert disk.pread(len(data), 0) == data
+
+
+def test_what_was_to_be_hydrated_is_gone_on_with_after_reopening(pool: Pool, regions: Regions, folder: Path) -> None:
+    disks = [pool.create_disk(name, source=regions.put(name, DATA)) for name in ("slow", "fast", "off", "never")]
+    disks[0].hydrate(1)
+    pool.plan_hydration(disks[1], 0)
+    disks[2].hydrate(1)
+    pool.plan_hydration(disks[2], None)
+    assert [item.hydration().running for item in disks] == [True, False, False, False]  # type: ignore[union-attr]
+    crash(pool)
+    with reopened(folder, regions) as again:
+        again.resume_hydration()
+        eventually(lambda: again.open_disk("fast").hydration() == (SIZE, SIZE, False, ""))
+        found = {disk.name: disk.hydration() for disk in again.disks()}
+        assert {name: state.running for name, state in found.items() if state is not None} == {
+            "fast": False,
+            "never": False,
+            "off": False,
+            "slow": True,
+        }
+        with pytest.raises(UsageError, match="rate"):
+            again.plan_hydration(again.open_disk("slow"), -1)
 
 
 def test_what_disks_read_first_is_fetched_first(pool: Pool, regions: Regions, folder: Path) -> None:

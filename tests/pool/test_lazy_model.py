@@ -5,16 +5,18 @@ A crash at any instant of such work leaves nothing that is read wrongly, and kee
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from snapcore import NotFoundError, StoreError
+from snapcore import NotFoundError, SourceChangedError, StoreError
 from snapcore.pool import Disk, Pool, Region, Snapshot
 from tests.support.lazy_regions import Regions
 from tests.support.pools import BLOCK_BYTES, MIB, check_space, quick_folder
@@ -81,7 +83,12 @@ class LazyMachine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 4), more=st.sampled_from((0, 5, 9000)))
     def make(self, seed: int, more: int) -> None:
         data = image(seed)
-        disk = self.pool.create_disk(self._name(), len(data) + more, source=self._region(seed))
+        try:
+            disk = self.pool.create_disk(self._name(), len(data) + more, source=self._region(seed))
+        except StoreError:
+            # What it needs could not be pinned.
+            assert self.regions.failing
+            return
         self.lives.append(Live(disk, bytearray(data + bytes(more)), data))
 
     @rule(which=places, at=places, length=lengths)
@@ -144,7 +151,11 @@ class LazyMachine(RuleBasedStateMachine):
     @rule(which=places, seed=st.integers(0, 4))
     def roll_back_to_a_region(self, which: int, seed: int) -> None:
         live = self._live(which)
-        self.pool.rollback_disk(live.disk, self._region(seed))
+        try:
+            self.pool.rollback_disk(live.disk, self._region(seed))
+        except StoreError:
+            assert self.regions.failing
+            return
         live.data = bytearray(image(seed))
 
     @rule(which=places)
@@ -211,6 +222,21 @@ class LazyMachine(RuleBasedStateMachine):
         for snapshot, data, _ in self.taken:
             assert snapshot.pread(len(data), 0) == data
 
+    @rule()
+    def pins_are_those_that_are_needed(self) -> None:
+        self.regions.failing = False
+        self.pool.checkpoint()
+        holds = self.pool._engine.holds
+        assert holds is not None
+        holds.wait()
+        needed = {region.snapshot for region in self.pool._engine.versions.regions_needed()}
+        assert needed == {*self.regions.pinned}
+
+    @invariant()
+    def what_is_needed_is_pinned(self) -> None:
+        needed = {region.snapshot for region in self.pool._engine.versions.regions_needed()}
+        assert needed <= {*self.regions.pinned}
+
     @invariant()
     def sizes_are_right(self) -> None:
         assert [live.disk.size_bytes for live in self.lives] == [len(live.data) for live in self.lives]
@@ -218,6 +244,93 @@ class LazyMachine(RuleBasedStateMachine):
 
 TestLazyDisks = LazyMachine.TestCase
 TestLazyDisks.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+DAMAGES = {
+    "present gone": lambda lazy: (lazy / "3.present").unlink(missing_ok=True),
+    "present empty": lambda lazy: (lazy / "3.present").write_bytes(b""),
+    "present bad": lambda lazy: (lazy / "3.present").write_bytes(b"SNAPHERE" + bytes(300)),
+    "data gone": lambda lazy: (lazy / "3.data").unlink(missing_ok=True),
+    "data short": lambda lazy: os.truncate(lazy / "3.data", 4096) if (lazy / "3.data").exists() else None,
+    "copy A bad": lambda lazy: _flip(lazy.parent / "superblock", 40),
+    "copy B bad": lambda lazy: _flip(lazy.parent / "superblock", 4096 + 40),
+}
+
+
+def _flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_no_crash_of_a_decouple_together_with_one_damage_loses_or_zeroes_anything() -> None:
+    folder = quick_folder()
+    try:
+        _decouple_everywhere(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _decouple_everywhere(folder: Path) -> None:
+    regions = Regions(CHUNK_BYTES)
+    data = image(2)
+    (folder / "work").mkdir()
+    recorder = Recorder(folder / "work")
+    pool = Pool.create(folder / "work" / "pool", log_bytes=65536, background=False, regions=regions, medium=recorder)
+    disk = pool.create_disk("web", source=regions.put("one", data))
+    disk.hydrate(wait=True)
+    pool.checkpoint()
+    begun = len(recorder.operations)
+    disk.decouple()
+    recorder.note("decoupled")
+    disk.pwrite(b"later", 0)
+    pool.close()
+    expected = (data, b"later" + data[5:])
+    seen, dice = dict.fromkeys(DAMAGES, 0), random.Random(3)
+    for crash in crashes(recorder, 9, seed=2, since=begun):
+        for name, harm in DAMAGES.items():
+            crash.build(folder / "crashed")
+            harm(folder / "crashed" / "pool" / "lazy")
+            # What was decoupled needs no region, whatever happened to what says how much is here.
+            regions.failing = "decoupled" in crash.facts
+            # What the first one that opens it recovers, without a look at the disk, the next one reads.
+            for reads in (dice.random() < 0.5, True):
+                with Pool.open(
+                    folder / "crashed" / "pool", background=False, regions=regions, medium=FastMedium()
+                ) as again:
+                    try:
+                        assert not reads or again.open_disk("web").pread(len(data), 0) in expected
+                    except SourceChangedError:
+                        # The bytes themselves are gone, and nobody is told anything else.
+                        assert name in ("data gone", "data short")
+            seen[name] += 1
+            shutil.rmtree(folder / "crashed")
+    assert min(seen.values()) > 25
+
+
+def test_what_a_decouple_cannot_make_durable_it_does_not_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, regions = quick_folder(), Regions(CHUNK_BYTES)
+    try:
+        with Pool.create(folder / "pool", log_bytes=65536, background=False, regions=regions) as pool:
+            disk = pool.create_disk("web", source=regions.put("one", image(2)))
+            disk.hydrate(wait=True)
+            found = disk._lazy()
+            assert found is not None
+
+            def fail(descriptor: int) -> None:
+                raise OSError(5, "broken")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(found._medium, "sync", fail)
+                with pytest.raises(StoreError):
+                    disk.decouple()
+            # Nor does the next try, which finds the medium well again and the file given up.
+            with pytest.raises(StoreError, match="could not be synced"):
+                disk.decouple()
+        with Pool.open(folder / "pool", background=False, regions=regions) as pool:
+            assert pool.open_disk("web").pread(len(image(2)), 0) == image(2)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_crash_at_any_instant_leaves_nothing_that_is_read_wrongly() -> None:
@@ -234,6 +347,7 @@ def _crash_everywhere(folder: Path) -> None:
     region, other = regions.put("one", one), regions.put("two", two)
     (folder / "work").mkdir()
     recorder = Recorder(folder / "work")
+    regions.on_pins = lambda pins: recorder.note(pins)
     pool = Pool.create(folder / "work" / "pool", log_bytes=65536, background=False, regions=regions, medium=recorder)
     disk = pool.create_disk("web", source=region)
     recorder.note("made")
@@ -250,16 +364,25 @@ def _crash_everywhere(folder: Path) -> None:
     recorder.note("deleted")
     pool.checkpoint()
     pool.close()
+    assert regions.pinned == []
+    regions.on_pins = lambda pins: None
     seen = 0
     for crash in crashes(recorder, 3, seed=1):
         crash.build(folder / "crashed")
         regions.reads.clear()
+        regions.pins = {*next((fact for fact in reversed(crash.facts) if isinstance(fact, frozenset)), ())}
+        before = {*regions.pinned}
         try:
             again = Pool.open(folder / "crashed" / "pool", background=False, regions=regions, medium=FastMedium())
         except NotFoundError:
             assert not crash.facts
         else:
             seen += 1
+            needed = {found.snapshot for found in again._engine.versions.regions_needed()}
+            holds = again._engine.holds
+            assert holds is not None and needed <= before
+            holds.wait()
+            assert {*regions.pinned} == needed
             _holds_what_it_should(again, crash.facts, regions, one, two)
             again._engine.abandon()
         shutil.rmtree(folder / "crashed")

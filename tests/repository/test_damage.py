@@ -361,7 +361,7 @@ def test_a_read_that_fails_once_makes_no_snapshot_wrong(
 ) -> None:
     """With nodes of the parent that come and go, what did not change must never count as zero."""
     # As in a tree of more nodes than are kept.
-    monkeypatch.setattr("snapcore.repository.objects._NODES_KEPT", 0)
+    monkeypatch.setattr("snapcore.repository.objects.NODES_KEPT", 0)
     made = tall()
     if marked:
         # A damaged chunk elsewhere, so that the parent's tree is walked for what is suspect.

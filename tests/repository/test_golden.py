@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
 
-from snapcore import KeyFile, LockedError, Passphrase, Repository
+from snapcore import KeyFile, LockedError, Passphrase, RefusedError, Repository
 from snapcore.repository import generations as generations_
 from snapcore.repository import summaries
 from snapcore.repository.domain import PLAIN
 from snapcore.store import LocalStore
-from tests.support.golden import CHUNK_BYTES, KEY_FILE, PASSPHRASE, Generation, generations
+from tests.support.golden import CHUNK_BYTES, IMAGE, KEY_FILE, PASSPHRASE, Generation, generations
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -61,6 +62,25 @@ def test_work_goes_on_in_golden_repositories(repository: Repository, tmp_path: P
     repository.restore(made, tmp_path / "out.img")
     assert (tmp_path / "out.img").read_bytes() == bytes(content)
     assert repository.verify().ok
+
+
+def test_a_golden_image_is_what_it_was(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "format-1-images", tmp_path / "repo")
+    repository = Repository.open(tmp_path / "repo")
+    (image,) = repository.images()
+    system, data, empty = image.disks
+    assert (image.name, image.architecture, image.boot, image.os) == (IMAGE, "aarch64", "uefi", "Golden 1")
+    assert (image.tags, system.min_size_bytes) == ({"kind": "golden"}, 1 << 24)
+    assert (empty.device, empty.min_size_bytes, empty.snapshot) == ("/dev/xvdz", 1 << 20, None)
+    wanted = {item.label: item.content for item in generations()}
+    for disk, label in ((system, "third"), (data, "second")):
+        assert disk.snapshot is not None and disk.sha256 == hashlib.sha256(wanted[label]).hexdigest()
+        assert repository.open_snapshot(disk.snapshot).read() == wanted[label]
+        with pytest.raises(RefusedError, match=IMAGE):
+            repository.delete(label)
+    repository.delete("first")
+    repository.delete_image(IMAGE)
+    repository.delete("third")
 
 
 def test_a_golden_collection_goes_on(tmp_path: Path) -> None:

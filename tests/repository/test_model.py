@@ -30,9 +30,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from snapcore import CancelledError, Manifest, Progress, Repository, SourceChangedError
+from snapcore import CancelledError, Image, Manifest, Progress, RefusedError, Repository, SourceChangedError
 from snapcore.persist import Medium
-from snapcore.repository import collect, create, index, pack, reading, restore, storer
+from snapcore.repository import collect, create, index, manifest, pack, reading, restore, storer
+from snapcore.repository.domain import PLAIN
 from snapcore.repository.record import Form, RecordKind
 from snapcore.source import raw
 from snapcore.store import LocalStore, MemoryStore, Store
@@ -98,6 +99,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         self.repository = Repository.create(self.store, chunk_bytes=self.chunk_bytes)
         self.lives: list[Live] = []
         self.taken: list[Taken] = []
+        self.images: list[tuple[Image, list[Taken]]] = []
         self.restored: list[Path] = []
         self.made = 0
         self.medium = Medium()
@@ -257,11 +259,56 @@ class RepositoryMachine(RuleBasedStateMachine):
         self._note(live, self._newest(live), created.snapshot)
 
     @precondition(lambda self: self.taken)
-    @rule(which=number)
-    def delete_any_snapshot(self, which: int) -> None:
+    @rule(which=number, behind=st.booleans())
+    def delete_any_snapshot(self, which: int, behind: bool) -> None:
+        """One that an image holds goes only behind the back of who looks for images."""
         gone = _one_of(self.taken, which)
+        if gone not in self._held():
+            assert self.repository.delete(gone.manifest.id) == gone.manifest.id
+        elif behind:
+            found = gone.manifest
+            manifest.delete(self.store, manifest.name(PLAIN, found.disk, found.sequence, found.id), PLAIN)
+        else:
+            with pytest.raises(RefusedError, match="in use by the image"):
+                self.repository.delete(gone.manifest)
+            return
         self.taken.remove(gone)
-        assert self.repository.delete(gone.manifest.id) == gone.manifest.id
+
+    # Images
+
+    @precondition(lambda self: self.taken and len(self.images) < 3)
+    @rule(chosen=st.lists(number, min_size=1, max_size=3))
+    def make_an_image(self, chosen: list[int]) -> None:
+        held = [_one_of(self.taken, which) for which in chosen]
+        system, *data = [item.manifest for item in held]
+        made = self.repository.create_image("debian", system, dict(zip(("xvdb", "xvdc"), data, strict=False)))
+        self.images.append((made, held))
+
+    @precondition(lambda self: self.images)
+    @rule(which=number)
+    def delete_an_image(self, which: int) -> None:
+        gone = _one_of(self.images, which)
+        self.images.remove(gone)
+        self.repository.delete_image(gone[0])
+
+    @precondition(lambda self: self.images)
+    @rule(which=number)
+    def read_an_image(self, which: int) -> None:
+        found, held = _one_of(self.images, which)
+        for disk, expected in zip(found.disks, held, strict=True):
+            assert disk.snapshot == expected.manifest
+            path = self.folder / "of-an-image"
+            self.repository.restore(disk.snapshot, path)
+            assert read_sparse(path) == expected.disk
+            path.unlink()
+
+    @invariant()
+    def the_images_are_those_that_were_made_and_not_deleted(self) -> None:
+        listed = {item.id: item for item in self.repository.images()}
+        assert listed == {item.id: item for item, _ in self.images}
+
+    def _held(self) -> list[Taken]:
+        return [item for _, held in self.images for item in held]
 
     @rule(sparing=st.booleans())
     def collect(self, sparing: bool) -> None:
@@ -335,7 +382,7 @@ class RepositoryMachine(RuleBasedStateMachine):
     @rule(mask=number)
     def unique_is_what_deletion_would_free(self, mask: int) -> None:
         chosen = [item for place, item in enumerate(self.taken) if mask >> place & 1]
-        others = [item for place, item in enumerate(self.taken) if not mask >> place & 1]
+        others = [item for place, item in enumerate(self.taken) if not mask >> place & 1] + self._held()
         found = self.repository.unique([item.manifest for item in chosen])
         if self.chunk_bytes == PAGE_BYTES:
             # A chunk of one page is never a patch: bytes of contents that no other snapshot has.
@@ -343,7 +390,7 @@ class RepositoryMachine(RuleBasedStateMachine):
             theirs = {plain for item in others for plain in item.disk.chunks(PAGE_BYTES).values()}
             assert found.plain_bytes == PAGE_BYTES * len(mine - theirs)
         stored = self._stored()
-        gone = set.union(*self._reached(self.taken)) - set.union(*self._reached(others))
+        gone = set.union(*self._reached()) - set.union(*self._reached(others))
         assert found.stored_bytes == sum(stored[object_id][2] for object_id in gone)
 
     @precondition(lambda self: self.taken)
@@ -454,7 +501,7 @@ class RepositoryMachine(RuleBasedStateMachine):
         """Ids of the chunks and of the nodes that snapshots need, with the bases of patches."""
         chunks: set[bytes] = set()
         nodes: set[bytes] = set()
-        for item in self.taken if items is None else items:
+        for item in [*self.taken, *self._held()] if items is None else items:
             chunks.update(item.disk.chunk_ids(self.chunk_bytes).values())
             nodes |= item.disk.tree(self.chunk_bytes)[2]
         bases = {object_id: base for object_id, _, _, _, base in self._rows() if base is not None}

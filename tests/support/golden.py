@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+IMAGE = "golden image"
 CHUNK_BYTES = 16 << 10
 # Of the sealed one, which a key file beside it opens too.
 PASSPHRASE = "four golden words alone"

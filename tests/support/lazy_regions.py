@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
 from snapcore import StoreError, extents
 from snapcore.extents import Extents
-from snapcore.pool import Region
+from snapcore.pool import Region, RegionEvent
 
 CHUNK_BYTES = 4096
 
@@ -50,6 +51,10 @@ class Regions:
     stalled : set of (start, stop)
         Reads that touch these bytes wait for `go_on`; all do with `(0, 1 << 62)`.
     reads : list of (offset, length)
+    pins : set of (snapshot, pool)
+    events : list of RegionEvent
+    on_pins : callable
+        Is told of the pins when one was made, and before one goes.
     """
 
     def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -60,16 +65,42 @@ class Regions:
         self.go_on = threading.Event()
         self.reads: list[tuple[int, int]] = []
         self.trace_path: str | None = None
+        self.pins: set[tuple[str, str]] = set()
+        self.events: list[RegionEvent] = []
+        self.on_pins: Callable[[frozenset[tuple[str, str]]], None] = lambda pins: None
 
     def put(self, snapshot: str, data: bytes) -> Region:
         """A snapshot there."""
         self.snapshots[snapshot] = data
         return Region("memory:region", "r" * 32, snapshot, self.chunk_bytes)
 
-    def __call__(self, region: Region) -> Image:
+    def open(self, region: Region) -> Image:
+        """The snapshot of an id."""
         found = Image(self, self.snapshots[region.snapshot])
         found.trace_path = self.trace_path
         return found
+
+    def pin(self, region: Region, pool_id: str, who: str) -> None:
+        """Remember it; fails as reads do."""
+        self.pass_or_fail(0)
+        assert who
+        self.pins.add((region.snapshot, pool_id))
+        self.on_pins(frozenset(self.pins))
+
+    def unpin(self, region: Region, pool_id: str) -> None:
+        """Forget it; fails as reads do."""
+        self.pass_or_fail(0)
+        self.on_pins(frozenset(self.pins - {(region.snapshot, pool_id)}))
+        self.pins.discard((region.snapshot, pool_id))
+
+    def tell(self, event: RegionEvent) -> None:
+        """Remember it."""
+        self.events.append(event)
+
+    @property
+    def pinned(self) -> list[str]:
+        """Ids of the snapshots that are pinned."""
+        return sorted(snapshot for snapshot, _ in self.pins)
 
     def pass_or_fail(self, length: int, offset: int = 0) -> None:
         """What happens to a read."""

@@ -30,7 +30,7 @@ from snapcore.errors import BusyError, Error, NotFoundError, RefusedError, Usage
 from snapcore.pool import Disk, Pool, Snapshot
 from snapcore.server.nbd.handshake import Facts
 from snapcore.server.nbd.protocol import BASE_ALLOCATION, CHANGED_PREFIX, TransmissionFlag
-from snapcore.source import device
+from snapcore.source import device, formats
 from snapcore.volume import Volume
 
 _CLONE_NAME = "snapcore-cow-{id}-{token}"
@@ -439,6 +439,12 @@ class View:
 
 
 def _opened(name: str, path: str, *, read_only: bool) -> Image:
+    named = formats.of_name(path)
+    if named != formats.RAW:
+        raise RefusedError(
+            f"{path} would be served as its bytes are, and its name says {named}: `snapcore disk import` makes a disk "
+            "of it; if it is a raw image, call it otherwise"
+        )
     for mode in (os.O_RDONLY,) if read_only else (os.O_RDWR, os.O_RDONLY):
         try:
             descriptor = os.open(path, mode | os.O_CLOEXEC)

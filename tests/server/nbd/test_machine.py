@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from snapcore.pool import Pool, Snapshot
+from snapcore import MemoryStore, Repository, open_image
+from snapcore.pool import Disk, Pool, Snapshot
+from snapcore.repository import Labels
+from snapcore.service import Regions, image
 from tests.support.file_systems import check_file_system, file_in, recovered
 from tests.support.guest import NETWORK, NETWORK_MODULES, Guest, make_debian, make_guest, make_root
 from tests.support.nbd import Serve
@@ -128,6 +131,37 @@ def test_the_kernels_own_client_has_a_file_system_on_a_disk(serve: Serve, pool: 
     # What was deleted was trimmed.
     assert data.extents().allocated[:, 1].sum() < 16 * MIB
     check_space(pool)
+
+
+@pytest.mark.parametrize(
+    ("count", "booting"), [(20, 2), pytest.param(200, 10, marks=pytest.mark.campaign)], ids=["some", "many"]
+)
+def test_machines_of_one_image_boot_at_once_and_fetch_what_they_read(
+    serve: Serve, guest: Guest, folder: Path, tmp_path: Path, count: int, booting: int
+) -> None:
+    repository = Repository.create(MemoryStore())
+    root = make_root(tmp_path, WORK, 8 * ROOT_BYTES)
+    with open_image(root) as source:
+        made = image.take(repository, Labels(name="golden"), source, {"xvdb": MIB})
+    regions = Regions(open_repository=lambda url: repository)
+    with Pool.create(folder / "machines", regions=regions) as pool:
+        names = image.names("vm-###", count)
+        image.launch(pool, repository, made, names)
+        served = serve(pool=pool)
+        with ThreadPoolExecutor(2) as machines:
+            said = [*machines.map(lambda name: guest.boot(served.path, name), names[-booting:])]
+        assert all("as it was installed" in text for text in said)
+        served.server.stop()
+        first, last = pool.open_disk(names[0]), pool.open_disk(names[-1])
+        found = last.hydration()
+        assert found is not None and found.here_bytes < ROOT_BYTES
+        # Nobody booted the first one: it is as the image is.
+        assert first.pread(8 * ROOT_BYTES, 0) == root.read_bytes()
+        cuts = [pool.open_disk(name).snapshot("end") for name in names[-booting:]]
+        for cut in cuts:
+            check_file_system(cut, tmp_path)
+        assert len({hash(cut.pread(8 * ROOT_BYTES, 0)) for cut in cuts}) == booting
+        check_space(pool)
 
 
 @pytest.mark.campaign

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -36,15 +34,18 @@ written_format_option = click.option(
     "--format",
     "written_format",
     type=click.Choice(formats.WRITTEN_FORMATS),
-    default=formats.RAW,
-    show_default=True,
-    help="Of TARGET: qcow2 version 3, VHD fixed, VMDK stream-optimised.",
+    help="Of TARGET: qcow2 version 3, VHD fixed, VMDK stream-optimised. Default: what its name says.",
 )
 packing_option = click.option(
     "--packing",
     type=click.Choice(formats.COMPRESSIONS),
     help="Compress the clusters of a qcow2 image.",
 )
+
+
+def format_of(target: str, written_format: str | None) -> str:
+    """The format that is written: what was asked for, else what the name says."""
+    return written_format or formats.check_written(formats.of_name(target))
 
 
 def check_target(target: str, written_format: str, packing: str | None, *, in_place: bool, as_json: bool) -> bool:
@@ -99,16 +100,3 @@ def say_written(done: Written, facts: dict[str, object], verb: str, *, as_json: 
     taken = os.stat(str(facts["target"])).st_blocks * 512
     line = f"{verb} {facts['target']}, {done.format}: {output.size(taken)} in {done.duration_s:.2f} s"
     click.echo(output.text(line))
-
-
-@contextmanager
-def opened_for_snapshot(
-    image: str, read_format: str | None, backing_folders: tuple[str, ...], *, allow_changing: bool
-) -> Iterator[Source]:
-    """An image to take a snapshot of: raw unless its name or the user says otherwise, whatever its bytes are."""
-    from snapcore.source import open_image
-
-    if read_format is None and formats.of_name(image) == formats.RAW:
-        read_format = formats.RAW
-    with open_image(image, read_format, backing_folders=backing_folders, allow_changing=allow_changing) as source:
-        yield source
