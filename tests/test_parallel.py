@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapcore.parallel import executor_or_own, in_order, usable_cores
+from snapcore.parallel import Daemons, executor_or_own, in_order, usable_cores
 
 
 class FailedError(Exception):
@@ -182,3 +184,38 @@ def test_usable_cores_are_those_this_process_may_run_on(monkeypatch: pytest.Monk
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert usable_cores() == 1
+
+
+def test_daemons_do_what_they_are_given_and_hand_on_what_fails() -> None:
+    hands = Daemons(3, "test")
+    try:
+        futures = [hands.submit(divmod, 100, number) for number in range(20)]
+        with pytest.raises(ZeroDivisionError):
+            futures[0].result(60)
+        assert [future.result(60) for future in futures[1:]] == [divmod(100, number) for number in range(1, 20)]
+        assert len([thread for thread in threading.enumerate() if thread.name == "test"]) <= 3
+    finally:
+        hands.shutdown()
+
+
+def test_daemons_work_at_once_and_what_has_not_begun_can_be_cancelled() -> None:
+    hands, go_on, met = Daemons(2, "test"), threading.Event(), threading.Barrier(3)
+
+    def work() -> bool:
+        met.wait(60)
+        return go_on.wait(60)
+
+    running = [hands.submit(work) for _ in range(2)]
+    met.wait(60)
+    waiting = hands.submit(work)
+    hands.shutdown(cancel_futures=True)
+    assert waiting.cancelled()
+    with pytest.raises(RuntimeError):
+        hands.submit(work)
+    go_on.set()
+    assert [future.result(60) for future in running] == [True, True]
+
+
+def test_a_process_ends_although_a_daemon_hangs() -> None:
+    words = "import threading; from snapcore.parallel import Daemons; Daemons(1, 'd').submit(threading.Event().wait)"
+    subprocess.run([sys.executable, "-P", "-c", words], check=True, timeout=60)

@@ -364,6 +364,28 @@ def test_what_was_to_be_hydrated_is_gone_on_with_after_reopening(pool: Pool, reg
             again.plan_hydration(again.open_disk("slow"), -1)
 
 
+def test_what_a_pool_wants_of_regions_is_read_as_it_is_documented(pool: Pool, regions: Regions, folder: Path) -> None:
+    region = regions.put("one", DATA)
+    pool.create_disk("web", source=region)
+    pool.close()
+    wants = (
+        '{"version":1,"pinned":[{"url":"memory:region","repository":"%s","snapshot":"%s","chunk_bytes":4096}],'
+        '"hydrate":[{"repository":"%s","snapshot":"one","rate_bytes_s":0.0}]}'
+    )
+    (folder / "pool" / "regions").write_text(wants % ("r" * 32, "stale", "r" * 32))
+    regions.pins = {("stale", pool.id)}
+    with reopened(folder, regions) as again:
+        again.resume_hydration()
+        eventually(lambda: again.open_disk("web").hydration() == (SIZE, SIZE, False, ""))
+        # What is needed is pinned though nobody had noted it, and what is not is let go.
+        eventually(lambda: regions.pinned == ["one"])
+    (folder / "pool" / "regions").write_text("damaged")
+    with reopened(folder, regions) as again:
+        assert again.open_disk("web").pread(SIZE, 0) == DATA
+    assert regions.pinned == ["one"]
+    assert f'"snapshot":"one","chunk_bytes":{BLOCK_BYTES}' in (folder / "pool" / "regions").read_text()
+
+
 def test_what_disks_read_first_is_fetched_first(pool: Pool, regions: Regions, folder: Path) -> None:
     regions.trace_path = str(folder / "shared.trace")
     region = regions.put("one", DATA)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snapcore import KeyFile, LockedError, Passphrase, RefusedError, Repository
+from snapcore import BusyError, KeyFile, LockedError, Passphrase, RefusedError, Repository
 from snapcore.repository import generations as generations_
 from snapcore.repository import summaries
 from snapcore.repository.domain import PLAIN
@@ -95,3 +95,16 @@ def test_a_golden_collection_goes_on(tmp_path: Path) -> None:
     assert (done.waiting_for, done.condemned_packs) == ((), 0) and done.removed_packs > 0
     assert not list(store.list("deleted/"))
     assert repository.verify().ok and len(repository.snapshots()) == len(generations())
+
+
+def test_golden_pins_hold(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "format-1-pinned", tmp_path / "repo")
+    repository = Repository.open(tmp_path / "repo")
+    found = {pin.id: pin for pin in repository.pins()}
+    assert {pin_id: pin.deletes for pin_id, pin in found.items()} == {"ab" * 16: False, "cd" * 16: True}
+    with pytest.raises(RefusedError, match="the pool /srv/pool on host"):
+        repository.delete("third")
+    with pytest.raises(BusyError, match="being deleted"):
+        repository.pin("second", "another")
+    repository.delete("second")
+    assert [pin.id for pin in repository.pins()] == ["ab" * 16]

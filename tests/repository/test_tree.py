@@ -357,3 +357,37 @@ def test_a_node_that_was_opened_cannot_be_written_to() -> None:
     ((_, leaf),) = tree.leaves(root, nodes.load)
     with pytest.raises(ValueError, match="read-only"):
         leaf[0] = 1
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 5))
+def test_leaves_asked_for_many_at_once_are_the_same(data: st.DataObject, levels: int, batch: int) -> None:
+    numbers = data.draw(st.lists(places(levels), max_size=12))
+    nodes = Nodes()
+    model = {number: id_of(number + 1) for number in numbers if number < FANOUT**levels}
+    root = built(nodes, model, levels)
+    start = data.draw(st.integers(0, FANOUT**levels))
+    stop = data.draw(st.none() | st.integers(0, FANOUT**levels))
+    asked: list[int] = []
+
+    def load(ids: list[bytes]) -> list[Buffer]:
+        asked.append(len(ids))
+        return [nodes.load(object_id) for object_id in ids]
+
+    found = [(first, node.tolist()) for first, node in tree.leaves_many(root, load, start, stop, batch)]
+    assert found == [(first, node.tolist()) for first, node in tree.leaves(root, nodes.load, start, stop)]
+    assert all(count <= batch for count in asked)
+
+
+def test_a_map_is_loaded_from_the_top_down_as_far_as_it_may() -> None:
+    nodes = Nodes()
+    root = built(nodes, {number * FANOUT: id_of(number + 1) for number in range(200)}, 3)
+    for limit, expected in ((0, 0), (1, 1), (3, 3), (202, 3), (203, 203), (999, 203)):
+        asked: list[bytes] = []
+
+        def load(ids: list[bytes], asked: list[bytes] = asked) -> list[Buffer]:
+            asked += ids
+            return [nodes.load(object_id) for object_id in ids]
+
+        tree.loaded(root, load, limit)
+        assert len({*asked}) == len(asked) == expected
+    tree.loaded(Root(ZERO_ID, 2), load, 10)

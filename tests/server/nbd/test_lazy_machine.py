@@ -120,6 +120,6 @@ def test_a_whole_debian_boots_at_once_from_its_archived_snapshot(
         request.getfixturevalue("s3")
     repository = Repository.create(new_place() if place == "s3" else tmp_path / "repo")
     image = make_debian(tmp_path, 2048 * MIB)
-    said, percent = outlives(serve, guest, image, tmp_path, repository, memory_mib=512, busy_bytes=4 * MIB)
+    said, percent = outlives(serve, guest, image, tmp_path, repository, memory_mib=512, busy_bytes=MIB // 8)
     assert "Kernel panic" not in said
     assert percent < 20
