@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapcore import MemoryStore, Repository, open_image
-from snapcore.pool import Disk, Pool, Snapshot
+from snapcore.pool import Pool, Snapshot
 from snapcore.repository import Labels
 from snapcore.service import Regions, image
 from tests.support.file_systems import check_file_system, file_in, recovered
