@@ -6,7 +6,6 @@ Nothing that does not match its id is handed out. Safe from many threads.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -77,6 +76,15 @@ class Opened(NamedTuple):
 
     plain: Buffer
     encoded: tuple[Codec, Buffer] | None
+
+
+class _Patch(NamedTuple):
+    """A patch as it is stored, to be opened when its base is there."""
+
+    id: bytes
+    place: Place
+    raw: memoryview
+    where: str
 
 
 class Objects:
@@ -234,35 +242,44 @@ class Objects:
     ) -> Iterator[tuple[int, Opened | DamagedError]]:
         """(number, what it holds or what is wrong) for every object of `ids`.
 
-        What patches rest on lies among what is stored full, as a rule, and is read with it.
+        All is read once: what patches rest on lies among what is stored full, as a rule, and is read with it.
         """
-        patches, others, bases = [], [], dict[bytes, Buffer]()
-        missing_bases = dict[bytes, None]()
-        for number, place in enumerate(places):
+        bases = dict[bytes, Buffer]()
+        lacking = dict[bytes, None]()
+        for place in places:
             if place is None or place.base is None:
-                others.append(number)
                 continue
-            patches.append(number)
             base = known.get(place.base) or self._bases.get(place.base)
             if base is None:
-                missing_bases[place.base] = None
+                lacking[place.base] = None
             else:
                 bases[place.base] = base
-        if not patches:
-            yield from self._many(kind, ids, places, self._as_opened)
-            return
-        base_ids = list(missing_bases)
-        joined = ids_of(ids[others].tobytes() + b"".join(base_ids))
-        found_places = self.index.find_many_full(ids_of(b"".join(base_ids)))
-        first = [places[number] for number in others] + found_places
-        for number, found in self._many(kind, joined, first, self._as_opened):
-            if number < len(others):
-                yield others[number], found
-            elif not isinstance(found, DamagedError):
-                bases[base_ids[number - len(others)]] = found.plain
-        use = functools.partial(self._as_opened, bases=bases)
-        for number, found in self._many(kind, ids[patches], [places[number] for number in patches], use):
-            yield patches[number], found
+        base_ids = list(lacking)
+        joined = ids_of(ids.tobytes() + b"".join(base_ids)) if base_ids else ids
+        if base_ids:
+            places = places + self.index.find_many_full(ids_of(b"".join(base_ids)))
+        patches: list[tuple[int, _Patch]] = []
+        for number, found in self._many(kind, joined, places, self._opened_or_patch):
+            if isinstance(found, _Patch):
+                patches.append((number, found))
+            elif number < len(ids):
+                yield number, found
+            elif isinstance(found, Opened):
+                bases[base_ids[number - len(ids)]] = found.plain
+        for number, patch in patches:
+            try:
+                opened = self._as_opened(kind, *patch, bases=bases)
+            except DamagedError as error:
+                yield number, error
+            else:
+                yield number, opened
+
+    def _opened_or_patch(
+        self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str
+    ) -> Opened | _Patch:
+        if place.base is not None:
+            return _Patch(object_id, place, raw, where)
+        return self._as_opened(kind, object_id, place, raw, where)
 
     def _tried_again(
         self, kind: RecordKind, ids: Ids, use: Use[Result], results: Iterator[tuple[int, Result | DamagedError]]
