@@ -114,7 +114,7 @@ def test_a_copy_that_was_killed_goes_on_and_moves_only_the_rest(tmp_path: Path, 
         target.keyring.create(key, KeyFile.create(tmp_path / "k"))
         words = ["--key", key, "--key-file", str(tmp_path / "k")]
     snapshot = source.snapshot(image, disk="disk").snapshot
-    command = [sys.executable, "-m", "snapcore", "copy", snapshot.id, "--limit-rate", "24M", *words]
+    command = [sys.executable, "-P", "-m", "snapcore", "copy", snapshot.id, "--limit-rate", "24M", *words]
     process = subprocess.Popen([*command, "--from", str(tmp_path / "source"), "--to", str(tmp_path / "target")])
     packs = tmp_path / "target" / "packs"
     deadline = time.monotonic() + _PATIENCE_S

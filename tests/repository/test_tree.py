@@ -359,6 +359,14 @@ def test_a_node_that_was_opened_cannot_be_written_to() -> None:
         leaf[0] = 1
 
 
+def test_no_leaf_touches_an_empty_range() -> None:
+    nodes = Nodes()
+    root = built(nodes, {0: id_of(1)}, 1)
+    for start, stop in ((0, 0), (FANOUT, None)):
+        assert not [*tree.leaves_many(root, lambda ids: [nodes.load(one) for one in ids], start, stop)]
+        assert not [*tree.leaves(root, nodes.load, start, stop)]
+
+
 @given(st.data(), st.integers(1, 3), st.integers(1, 5))
 def test_leaves_asked_for_many_at_once_are_the_same(data: st.DataObject, levels: int, batch: int) -> None:
     numbers = data.draw(st.lists(places(levels), max_size=12))
