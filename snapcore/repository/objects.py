@@ -110,6 +110,15 @@ class Opened(NamedTuple):
     encoded: tuple[Codec, Buffer] | None
 
 
+class _Patch(NamedTuple):
+    """A patch as it is stored, to be opened when its base is there."""
+
+    id: bytes
+    place: Place
+    raw: memoryview
+    where: str
+
+
 class Objects:
     """Reads chunks and nodes of one repository.
 
@@ -304,39 +313,47 @@ class Objects:
     ) -> Iterator[tuple[int, Opened | DamagedError]]:
         """(number, what it holds or what is wrong) for every object of `ids`.
 
-        What patches rest on lies among what is stored full, as a rule, and is read with it.
+        All is read once: what patches rest on lies among what is stored full, as a rule, and is read with it.
         """
-        patches, others, bases = [], [], dict[bytes, Buffer]()
-        missing_bases = dict[bytes, None]()
-        for number, place in enumerate(places):
+        bases = dict[bytes, Buffer]()
+        lacking = dict[bytes, None]()
+        for place in places:
             if place is None or place.base is None:
-                others.append(number)
                 continue
-            patches.append(number)
             base = known.get(place.base) or self._bases[kind].get(place.base)
             if base is None:
-                missing_bases[place.base] = None
+                lacking[place.base] = None
             else:
                 bases[place.base] = base
-        if not patches:
-            yield from self._many(kind, ids, places, self._as_opened)
-            return
-        base_ids = list(missing_bases)
-        joined = ids_of(ids[others].tobytes() + b"".join(base_ids))
-        found_places = self.index.find_many_full(ids_of(b"".join(base_ids)))
-        first = [places[number] for number in others] + found_places
-        later = self._asked(kind, [places[number] for number in patches], beside=bool(first))
-        for number, found in self._many(kind, joined, first, self._as_opened):
-            if number < len(others):
-                yield others[number], found
-            elif not isinstance(found, DamagedError):
-                base_id = base_ids[number - len(others)]
+        base_ids = list(lacking)
+        joined = ids_of(ids.tobytes() + b"".join(base_ids)) if base_ids else ids
+        if base_ids:
+            places = places + self.index.find_many_full(ids_of(b"".join(base_ids)))
+        patches: list[tuple[int, _Patch]] = []
+        for number, found in self._many(kind, joined, places, self._opened_or_patch):
+            if isinstance(found, _Patch):
+                patches.append((number, found))
+            elif number < len(ids):
+                yield number, found
+            elif isinstance(found, Opened):
+                base_id = base_ids[number - len(ids)]
                 bases[base_id] = found.plain
                 if kind == RecordKind.NODE:
                     self._bases[kind].put(base_id, found.plain)
-        use = functools.partial(self._as_opened, bases=bases)
-        for number, found in self._results(kind, ids[patches], later, use):
-            yield patches[number], found
+        for number, patch in patches:
+            try:
+                opened = self._as_opened(kind, *patch, bases=bases)
+            except DamagedError as error:
+                yield number, error
+            else:
+                yield number, opened
+
+    def _opened_or_patch(
+        self, kind: RecordKind, object_id: bytes, place: Place, raw: memoryview, where: str
+    ) -> Opened | _Patch:
+        if place.base is not None:
+            return _Patch(object_id, place, raw, where)
+        return self._as_opened(kind, object_id, place, raw, where)
 
     def _tried_again(
         self, kind: RecordKind, ids: Ids, use: Use[Result], results: Iterator[tuple[int, Result | DamagedError]]
@@ -369,13 +386,14 @@ class Objects:
     def _many(
         self, kind: RecordKind, ids: Ids, places: list[Place | None], use: Use[Result]
     ) -> Iterator[tuple[int, Result | DamagedError]]:
-        return self._results(kind, ids, self._asked(kind, places), use)
+        asked = self._asked(kind, places)
+        for number in asked.lost:
+            yield number, missing(kind, ids[number].tobytes())
+        for run, read in zip(asked.runs, asked.reads, strict=True):
+            yield from self._run(kind, run, read, ids, use)
 
-    def _asked(self, kind: RecordKind, places: list[Place | None], beside: bool = False) -> _Asked:
-        """The reads that get these objects. Where there are threads, several are on their way at once.
-
-        `beside`: something else is read meanwhile, so one read is on its way, too.
-        """
+    def _asked(self, kind: RecordKind, places: list[Place | None]) -> _Asked:
+        """The reads that get these objects. Where there are threads, several are on their way at once."""
         lost = [number for number, place in enumerate(places) if place is None or place.kind != kind]
         wanted = [
             (place.pack, place.offset, number, place)
@@ -387,17 +405,9 @@ class Objects:
         reads: list[Callable[[], bytes]] = [
             functools.partial(self._read, run.pack, run.start, run.length) for run in runs
         ]
-        if self._hands is not None and (beside or len(runs) > 1):
+        if self._hands is not None and len(runs) > 1:
             reads = [self._hands.submit(read).result for read in reads]
         return _Asked(lost, runs, reads)
-
-    def _results(
-        self, kind: RecordKind, ids: Ids, asked: _Asked, use: Use[Result]
-    ) -> Iterator[tuple[int, Result | DamagedError]]:
-        for number in asked.lost:
-            yield number, missing(kind, ids[number].tobytes())
-        for run, read in zip(asked.runs, asked.reads, strict=True):
-            yield from self._run(kind, run, read, ids, use)
 
     def _run(
         self, kind: RecordKind, run: _Run, read: Callable[[], bytes], ids: Ids, use: Use[Result]
