@@ -62,7 +62,7 @@ def test_a_creation_that_fails_leaves_no_file_and_no_descriptor(
     medium.primitive, medium.code = primitive, code
     with pytest.raises(error, match="packs/other"):
         store.put_new("packs/other", [b"data", b"more"])
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     assert files_below(folder) == ["packs/first"]
     medium.primitive = ""
     store.put_new("packs/other", [b"data"])
@@ -176,7 +176,7 @@ def test_descriptors_close_with_their_objects_with_errors_and_with_the_store(fol
         store.delete(f"a{number}")
     assert open_descriptors() <= before + 1
     del store
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_a_reader_of_an_object_that_is_pushed_out_of_the_cache_is_not_disturbed(

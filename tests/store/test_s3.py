@@ -296,11 +296,12 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_that_is_printed_has_the_secret(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A server that looks at signatures refuses this one; it has to keep quiet about the secret all the same.
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     store = open_store(new_place())
     shown = [repr(store), store.url, repr(vars(store))]
     for call in (lambda: store.get("a", 1), lambda: store.delete("a")):
-        with pytest.raises(NotFoundError) as caught:
+        with pytest.raises((NotFoundError, StoreRefusedError)) as caught:
             call()
         shown += [str(caught.value), repr(caught.value.__cause__)]
     assert all(SECRET not in text for text in shown)
