@@ -272,7 +272,7 @@ def _nodes_many(
 ) -> Iterator[tuple[int, int, Node]]:
     """(first chunk, level, node), the lower ones of each batch in order and before the next batch."""
     end = FANOUT**root.levels if stop is None else stop
-    todo = [[(0, root.levels, root.id)]] if root.id != ZERO_ID and 0 < end and FANOUT**root.levels > start else []
+    todo = [[(0, root.levels, root.id)]] if root.id != ZERO_ID and end > 0 and FANOUT**root.levels > start else []
     while todo:
         part = todo.pop()
         if len(part) > batch:
