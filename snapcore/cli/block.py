@@ -6,7 +6,7 @@ import base64
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -76,14 +76,14 @@ def _anywhere(command: click.decorators.FC) -> click.decorators.FC:
     return repository(click.option("-p", "--pool", metavar="DIR", help="The pool; it counts more than -r.")(command))
 
 
+def _pages(command: Callable[..., None]) -> Callable[..., None]:
+    """What commands have that list blocks, a page a line."""
+    return _anywhere(_start(_limit(_block_size(key_options(output.json_option(command))))))
+
+
 @block.command("list")
 @click.argument("ref", metavar="SNAPSHOT")
-@_anywhere
-@_start
-@_limit
-@_block_size
-@key_options
-@output.json_option
+@_pages
 def list_(
     ref: str,
     repo: str | None,
@@ -105,12 +105,7 @@ def list_(
 @block.command()
 @click.argument("a", metavar="SNAPSHOT")
 @click.argument("b", metavar="SNAPSHOT")
-@_anywhere
-@_start
-@_limit
-@_block_size
-@key_options
-@output.json_option
+@_pages
 def diff(
     a: str,
     b: str,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from snapcore.progress import Meter, ProgressCallback
 from snapcore.repository import damage, images, index, intact, manifest, pack, record, scrub, tree
 from snapcore.repository.context import Context
 from snapcore.repository.damage import Bad
-from snapcore.repository.domain import ZERO_ID, Domain
+from snapcore.repository.domain import ZERO_ID, Domain, Domains
 from snapcore.repository.index import Index, Place
 from snapcore.repository.intact import Intact
 from snapcore.repository.manifest import Manifest
@@ -43,6 +44,8 @@ from snapcore.repository.share import Share
 from snapcore.repository.table import Entries, Ids, entry_ids, id_keys, ids_of
 from snapcore.repository.tree import FANOUT, used_slots
 from snapcore.store import Store
+
+Found = TypeVar("Found")
 
 # Collections that may end while everything is read, before it is given up.
 _ATTEMPTS = 3
@@ -292,33 +295,33 @@ def _attempt(context: Context, way: _Way) -> tuple[Verified, list[Bad]]:
 
 def _snapshots(context: Context, problems: list[Problem]) -> list[Manifest]:
     """All manifests of the domain that can be read."""
-    found = []
-    for name, _ in list(context.store.list(manifest.PREFIX)):
-        try:
-            read = manifest.read(context.store, name, context.domains, context.config.chunk_bytes)
-        except LockedError:
-            continue
-        except (DamagedError, UnsupportedFormatError, ReadError, ValueError) as error:
-            problems.append(Problem(name, f"this snapshot is lost: {error}"))
-        else:
-            if read is not None:
-                found.append(read)
-    return found
+    return list(_readable(context, manifest.PREFIX, manifest.read, "snapshot", problems))
 
 
 def _in_images(context: Context, problems: list[Problem]) -> list[Manifest]:
     """All snapshots that images of the domain hold."""
-    found: dict[str, Manifest] = {}
-    for name, _ in list(context.store.list(images.PREFIX)):
+    found = _readable(context, images.PREFIX, images.read, "image", problems)
+    return list({item.id: item for image in found for item in image.snapshots}.values())
+
+
+def _readable(
+    context: Context,
+    prefix: str,
+    read: Callable[[Store, str, Domains, int], Found | None],
+    what: str,
+    problems: list[Problem],
+) -> Iterator[Found]:
+    """What can be read below a prefix; what cannot is a problem, unless it is of another domain."""
+    for name, _ in list(context.store.list(prefix)):
         try:
-            read = images.read(context.store, name, context.domains, context.config.chunk_bytes)
+            found = read(context.store, name, context.domains, context.config.chunk_bytes)
         except LockedError:
             continue
         except (DamagedError, UnsupportedFormatError, ReadError, ValueError) as error:
-            problems.append(Problem(name, f"this image is lost: {error}"))
+            problems.append(Problem(name, f"this {what} is lost: {error}"))
         else:
-            found |= {item.id: item for item in (read.snapshots if read is not None else [])}
-    return list(found.values())
+            if found is not None:
+                yield found
 
 
 def _tasks(context: Context, known: Index) -> list[_Task]:
